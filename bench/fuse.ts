@@ -1,0 +1,247 @@
+/**
+ * `gridvfs bench io --case fuse`: the mount beside the file beneath it, in one run, interleaved, medians.
+ *
+ * Image (read-only, all of it on this host): the file itself, passthrough, served by workers, fuse-native. Everybody
+ * has the file beneath in the page cache. File and passthrough are then read as they are (they share those pages);
+ * for served and fuse-native the mount's own pages are dropped first, so that each read is a request. No block is
+ * read twice in a round, or the kernel's pages would answer.
+ * Clone (4 KiB direct reads and writes, 1 MiB writes): ours, and qemu-storage-daemon's FUSE export of a qcow2 overlay
+ * over the same file. `ratio` is to the file for passthrough and to the peer (fuse-native, qemu) for the others.
+ */
+import { execFile, spawn, spawnSync } from 'node:child_process';
+import { once } from 'node:events';
+import { closeSync, openSync, statSync, writeFileSync, writeSync } from 'node:fs';
+import { mkdir, mkdtemp, rm } from 'node:fs/promises';
+import path from 'node:path';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { parseArgs, promisify } from 'node:util';
+import { randomFillSync } from 'node:crypto';
+import { table } from '../src/cli/kit.ts';
+import { KIB, MIB } from '../src/core/limits.ts';
+import { startService } from './lib/child.ts';
+import { hostFacts, median } from './lib/facts.ts';
+
+const run = promisify(execFile);
+const say = (text: string) => process.stderr.write(`${text}\n`);
+
+interface Workload {
+  readonly name: string;
+  readonly rw: 'read' | 'write' | 'randread' | 'randwrite';
+  readonly blockBytes: number;
+  readonly jobs: number;
+  readonly direct: boolean;
+}
+
+const IMAGE_WORKLOADS: readonly Workload[] = [
+  { name: 'sequential 1 MiB', rw: 'read', blockBytes: MIB, jobs: 1, direct: false },
+  { name: 'random 4 KiB', rw: 'randread', blockBytes: 4 * KIB, jobs: 1, direct: false },
+  { name: 'random 4 KiB', rw: 'randread', blockBytes: 4 * KIB, jobs: 4, direct: false },
+];
+const CLONE_WORKLOADS: readonly Workload[] = [
+  { name: 'sequential 1 MiB write', rw: 'write', blockBytes: MIB, jobs: 1, direct: true },
+  { name: 'random 4 KiB read, direct', rw: 'randread', blockBytes: 4 * KIB, jobs: 1, direct: true },
+  { name: 'random 4 KiB write, direct', rw: 'randwrite', blockBytes: 4 * KIB, jobs: 1, direct: true },
+  { name: 'random 4 KiB read, direct', rw: 'randread', blockBytes: 4 * KIB, jobs: 4, direct: true },
+];
+
+interface Subject {
+  readonly name: 'file' | 'passthrough' | 'served' | 'fuse-native' | 'clone' | 'qemu-storage-daemon';
+  readonly file: string;
+  /** Drop the pages of the mount, and of nothing else, before each round. */
+  readonly dropsPages: boolean;
+  readonly workloads: readonly Workload[];
+}
+
+const { values } = parseArgs({
+  options: {
+    runs: { type: 'string', default: '3' },
+    seconds: { type: 'string', default: '2' },
+    'size-mib': { type: 'string', default: '2048' },
+    workers: { type: 'string' },
+    json: { type: 'string' },
+  },
+});
+const count = (name: 'runs' | 'seconds' | 'size-mib') => {
+  const value = Number(values[name]);
+  if (!Number.isSafeInteger(value) || value < 1)
+    throw new RangeError(`--${name} ${values[name]}: write a whole number of at least 1`);
+  return value;
+};
+const settings = { runs: count('runs'), seconds: count('seconds'), sizeBytes: count('size-mib') * MIB };
+
+/** One run of fio: MiB/s for large blocks, operations a second for small ones. */
+async function fio(subject: Subject, workload: Workload, folder: string): Promise<number> {
+  const share = Math.floor(settings.sizeBytes / workload.jobs / MIB) * MIB;
+  const args = [
+    ...['--name=bench', '--ioengine=psync', '--output-format=json', '--thread', '--group_reporting'],
+    ...[`--filename=${subject.file}`, `--rw=${workload.rw}`, `--bs=${workload.blockBytes}`],
+    ...[`--numjobs=${workload.jobs}`, `--size=${share}`, `--offset_increment=${share}`],
+    ...[`--runtime=${settings.seconds}`, `--direct=${workload.direct ? 1 : 0}`],
+    ...[`--invalidate=${subject.dropsPages ? 1 : 0}`, '--fallocate=none', '--randrepeat=0'],
+  ];
+  const { stdout } = await run('fio', args, { cwd: folder, maxBuffer: 16 * MIB });
+  const { jobs } = JSON.parse(stdout.slice(stdout.indexOf('{'))) as {
+    jobs: { read: { iops: number; bw_bytes: number }; write: { iops: number; bw_bytes: number } }[];
+  };
+  const side = workload.rw.endsWith('read') ? 'read' : 'write';
+  const result = jobs[0]![side];
+  return workload.blockBytes >= MIB ? result.bw_bytes / MIB : result.iops;
+}
+
+function makeFile(file: string): void {
+  const block = randomFillSync(Buffer.alloc(16 * MIB));
+  const fd = openSync(file, 'w');
+  for (let at = 0; at < settings.sizeBytes; at += block.length) writeSync(fd, block, 0, block.length, at);
+  closeSync(fd);
+}
+
+/** Both clones hold data everywhere before they are measured: a first write allocates, on either side. */
+async function fill(file: string): Promise<void> {
+  await run('dd', [
+    'if=/dev/zero',
+    `of=${file}`,
+    'bs=1M',
+    `count=${settings.sizeBytes / MIB}`,
+    'conv=notrunc',
+  ]);
+}
+
+async function subjects(stack: AsyncDisposableStack, folder: string): Promise<Subject[]> {
+  const raw = path.join(folder, 'image.raw');
+  say(`making an image of ${settings.sizeBytes / MIB} MiB`);
+  makeFile(raw);
+  const mounted = async (name: string, options: object): Promise<string> => {
+    const mountpoint = path.join(folder, name);
+    await mkdir(mountpoint);
+    const workers = values.workers === undefined ? {} : { workers: Number(values.workers) };
+    const service = await startService('bench/lib/fuse-mount.ts', [
+      ...[mountpoint, raw, `${mountpoint}.layer`],
+      JSON.stringify({ ...workers, ...options }),
+    ]);
+    stack.defer(() => service.stop());
+    return mountpoint;
+  };
+  const passthrough = await mounted('passthrough', {});
+  const served = await mounted('served', { passthrough: false });
+  const native = await mounted('native', { driver: 'fuse-native' }).catch((error: unknown) => {
+    say(`fuse-native is left out: ${String(error)}`);
+    return undefined;
+  });
+  const qemu = await exportOverlay(stack, folder, raw);
+  const clone = path.join(served, 'clone');
+  say('filling the clones');
+  await fill(clone);
+  await fill(qemu);
+  const image = { workloads: IMAGE_WORKLOADS };
+  return [
+    { name: 'file', file: raw, dropsPages: false, ...image },
+    { name: 'passthrough', file: path.join(passthrough, 'image'), dropsPages: false, ...image },
+    { name: 'served', file: path.join(served, 'image'), dropsPages: true, ...image },
+    ...(native === undefined
+      ? []
+      : [{ name: 'fuse-native' as const, file: path.join(native, 'image'), dropsPages: true, ...image }]),
+    { name: 'clone', file: clone, dropsPages: true, workloads: CLONE_WORKLOADS },
+    { name: 'qemu-storage-daemon', file: qemu, dropsPages: true, workloads: CLONE_WORKLOADS },
+  ];
+}
+
+async function exportOverlay(stack: AsyncDisposableStack, folder: string, raw: string): Promise<string> {
+  const overlay = path.join(folder, 'overlay.qcow2');
+  const file = path.join(folder, 'export.raw');
+  await run('qemu-img', ['create', '-q', '-f', 'qcow2', '-b', raw, '-F', 'raw', overlay]);
+  writeFileSync(file, '');
+  const daemon = spawn(
+    'qemu-storage-daemon',
+    [
+      ...['--blockdev', `driver=file,node-name=file,filename=${overlay}`],
+      ...['--blockdev', 'driver=qcow2,node-name=disk,file=file'],
+      ...['--export', `type=fuse,id=export,node-name=disk,mountpoint=${file},writable=on`],
+    ],
+    { stdio: ['ignore', 'inherit', 'inherit'] },
+  );
+  const ended = once(daemon, 'exit');
+  stack.defer(async () => {
+    daemon.kill('SIGTERM');
+    await ended;
+  });
+  for (let i = 0; i < 100; i++) {
+    if ((await run('stat', ['-c', '%s', file])).stdout.trim() === String(settings.sizeBytes)) return file;
+    await sleep(50);
+  }
+  throw new Error('qemu-storage-daemon did not export its overlay');
+}
+
+interface Row {
+  readonly case: 'fuse';
+  readonly subject: Subject['name'];
+  readonly workload: string;
+  readonly jobs: number;
+  readonly value: number;
+  readonly unit: 'MiB/s' | 'IOPS';
+  readonly values: readonly number[];
+  readonly ratio?: number;
+  readonly ratioTo?: Subject['name'];
+}
+
+function rowsOf(all: readonly Subject[], measured: Map<string, number[]>): Row[] {
+  const key = (subject: string, { name, jobs }: Workload) => `${subject}/${name}/${jobs}`;
+  const peers: Partial<Record<Subject['name'], Subject['name']>> = {
+    passthrough: 'file',
+    served: 'fuse-native',
+    clone: 'qemu-storage-daemon',
+  };
+  return all.flatMap((subject) =>
+    subject.workloads.map((workload): Row => {
+      const found = measured.get(key(subject.name, workload))!;
+      const peer = peers[subject.name];
+      const against = peer === undefined ? undefined : measured.get(key(peer, workload));
+      return {
+        case: 'fuse',
+        subject: subject.name,
+        workload: workload.name,
+        jobs: workload.jobs,
+        value: median(found),
+        unit: workload.blockBytes >= MIB ? 'MiB/s' : 'IOPS',
+        values: found,
+        ...(against ? { ratio: median(found) / median(against), ratioTo: peer! } : {}),
+      };
+    }),
+  );
+}
+
+async function main(): Promise<void> {
+  for (const tool of ['fio', 'qemu-img', 'qemu-storage-daemon']) {
+    if (spawnSync(tool, ['--version']).error)
+      throw new Error(`${tool} is missing: apt-get install fio qemu-utils`);
+  }
+  await using stack = new AsyncDisposableStack();
+  const folder = await mkdtemp(path.join(process.env['TMPDIR'] ?? '/var/tmp', 'gridvfs-bench-'));
+  stack.defer(() => rm(folder, { recursive: true, force: true }));
+  const all = await subjects(stack, folder);
+  const measured = new Map<string, number[]>();
+  for (let round = 1; round <= settings.runs; round++) {
+    say(`round ${round} of ${settings.runs}`);
+    for (const workload of [...IMAGE_WORKLOADS, ...CLONE_WORKLOADS]) {
+      for (const subject of all.filter(({ workloads }) => workloads.includes(workload))) {
+        const key = `${subject.name}/${workload.name}/${workload.jobs}`;
+        measured.set(key, [...(measured.get(key) ?? []), await fio(subject, workload, folder)]);
+      }
+    }
+  }
+  const rows = rowsOf(all, measured);
+  process.stdout.write(
+    table(
+      ['SUBJECT', 'WORKLOAD', 'JOBS', 'MEDIAN', 'UNIT', 'RATIO', 'TO'],
+      rows.map((row) => [
+        ...[row.subject, row.workload, row.jobs, Math.round(row.value), row.unit],
+        ...[row.ratio === undefined ? '' : row.ratio.toFixed(2), row.ratioTo ?? ''],
+      ]),
+    ) + '\n',
+  );
+  if (values.json !== undefined) {
+    const facts = { ...hostFacts('none'), imageBytes: statSync(path.join(folder, 'image.raw')).size };
+    writeFileSync(values.json, JSON.stringify({ schema: 1, host: facts, rows }, null, 2) + '\n');
+  }
+}
+
+await main();

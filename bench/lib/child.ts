@@ -1,0 +1,65 @@
+/** Programs that a bench starts: the `gridvfs` command of this checkout, servers that say where they listen. */
+import { spawn } from 'node:child_process';
+import type { ChildProcess } from 'node:child_process';
+import path from 'node:path';
+import { createInterface } from 'node:readline';
+
+const ROOT = path.resolve(import.meta.dirname, '..', '..');
+
+/** Runs a verb of gridvfs to its end and gives its JSON; throws with its last words when it fails. */
+export async function gridvfs<T>(args: readonly string[], signal?: AbortSignal): Promise<T> {
+  const child = spawn(process.execPath, [path.join(ROOT, 'src', 'main.ts'), ...args], {
+    stdio: ['ignore', 'pipe', 'pipe'],
+    ...(signal === undefined ? {} : { signal, killSignal: 'SIGTERM' }),
+  });
+  let output = '';
+  let errors = '';
+  child.stdout.on('data', (part: Buffer) => (output += part.toString('utf8')));
+  child.stderr.on('data', (part: Buffer) => (errors = (errors + part.toString('utf8')).slice(-4000)));
+  const code = await exitOf(child);
+  if (code !== 0) {
+    throw new Error(
+      `gridvfs ${args.slice(0, 2).join(' ')} failed (${code}): ${errors.trim().split('\n').at(-1) ?? ''}`,
+    );
+  }
+  return JSON.parse(output) as T;
+}
+
+export interface Service {
+  /** The JSON line it printed when it was ready. */
+  readonly ready: Record<string, unknown>;
+  readonly pid: number;
+  /** SIGTERM, and its end. */
+  stop(): Promise<void>;
+}
+
+/** Starts a program that prints one JSON line when it is ready. It gets a process group of its own, so that
+ * Ctrl-C on the terminal reaches only the bench, which then stops everything in order. */
+export async function startService(program: string, args: readonly string[]): Promise<Service> {
+  const child = spawn(process.execPath, [path.join(ROOT, program), ...args], {
+    stdio: ['ignore', 'pipe', 'inherit'],
+    detached: true,
+  });
+  const ended = exitOf(child);
+  const line = await Promise.race([
+    new Promise<string>((resolve) => createInterface({ input: child.stdout }).once('line', resolve)),
+    ended.then((code) => {
+      throw new Error(`${program} ${args[0] ?? ''} ended (${code}) before it was ready`);
+    }),
+  ]);
+  return {
+    ready: JSON.parse(line) as Record<string, unknown>,
+    pid: child.pid!,
+    async stop() {
+      child.kill('SIGTERM');
+      await ended;
+    },
+  };
+}
+
+function exitOf(child: ChildProcess): Promise<number | string> {
+  return new Promise((resolve, reject) => {
+    child.once('error', reject);
+    child.once('exit', (code, signal) => resolve(code ?? signal ?? 'unknown'));
+  });
+}

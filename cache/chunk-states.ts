@@ -1,0 +1,195 @@
+/**
+ * What is known of each chunk of one image while it is in use, one byte per chunk and array: `states` and `touched`
+ * are shared with worker threads (src/core/image.ts), the rest is the main thread's. Only the main thread changes a
+ * state; workers read it and set `touched`.
+ *
+ * Recency: `touched` is the only sign of use that every reader leaves (workers, kept pages and passthrough are
+ * invisible to a list in the main thread). It is harvested now and then into `#usedAt`, a generation number per
+ * chunk: a clock with many hands. An LRU list of 400,000 entries per 100 GiB would know no more than this does.
+ */
+import type { ChunkTable } from '../src/core/chunk-table.ts';
+import { UNIT_ABSENT, UNIT_PRESENT, UNIT_UNVERIFIED } from '../src/core/image.ts';
+import { nextData } from '../src/core/linux.ts';
+import { chunkCountOf, chunkLengthOf } from '../src/core/manifest.ts';
+import type { Manifest } from '../src/core/manifest.ts';
+import { scanRecords } from './map-file.ts';
+import type { ImageFiles } from './map-file.ts';
+
+/** As PRESENT, but its first reader comes to the main thread, which reads on ahead of it (the page cache of Linux
+ * has the same mark). */
+export const UNIT_AHEAD = 3;
+/** Being taken away: not readable any more, not to be stored yet. */
+export const UNIT_EVICTING = 4;
+
+const NOTE_USED = 1;
+const NOTE_PREFETCHED = 2;
+
+/** Who wants to know what is read. */
+export interface UseListener {
+  /** A chunk of data was touched since the last harvest. */
+  used(index: number): void;
+  /** A second reader opens the image; nothing of it was read for him yet. */
+  shared(): void;
+}
+
+export class ChunkStates {
+  readonly manifest: Manifest;
+  readonly table: ChunkTable;
+  readonly stateBytes: SharedArrayBuffer;
+  readonly touchedBytes: SharedArrayBuffer;
+  readonly touched: Uint8Array;
+  /** Chunks of data that are on this disk, verified or not. */
+  presentChunks = 0;
+  presentBytes = 0;
+  readonly #states: Uint8Array;
+  /** Survives the image's close (see ImageFigures). */
+  readonly #notes: Uint8Array;
+  readonly #usedAt: Uint32Array;
+
+  constructor(manifest: Manifest, table: ChunkTable, notes: Uint8Array) {
+    const count = chunkCountOf(manifest);
+    this.manifest = manifest;
+    this.table = table;
+    // All are pages of zeros until touched: `touched` of an image nobody reads costs nothing.
+    this.stateBytes = new SharedArrayBuffer(count);
+    this.touchedBytes = new SharedArrayBuffer(count);
+    this.#states = new Uint8Array(this.stateBytes);
+    this.touched = new Uint8Array(this.touchedBytes);
+    this.#notes = notes;
+    this.#usedAt = new Uint32Array(count);
+    this.#states.fill(UNIT_PRESENT);
+    for (const [first, chunks] of table.extents()) this.#states.fill(UNIT_ABSENT, first, first + chunks);
+  }
+
+  get(index: number): number {
+    return this.#states[index]!;
+  }
+
+  /** On this disk, verified or not; also true for a chunk of zeros. */
+  isHere(index: number): boolean {
+    const state = this.#states[index]!;
+    return state === UNIT_PRESENT || state === UNIT_UNVERIFIED || state === UNIT_AHEAD;
+  }
+
+  /** A chunk that is on the disk becomes PRESENT, UNVERIFIED or AHEAD. */
+  set(index: number, state: typeof UNIT_PRESENT | typeof UNIT_UNVERIFIED | typeof UNIT_AHEAD): void {
+    Atomics.store(this.#states, index, state);
+  }
+
+  /** ABSENT → PRESENT or AHEAD. */
+  arrived(index: number, ahead: boolean, generation: number): void {
+    this.presentChunks++;
+    this.presentBytes += chunkLengthOf(this.manifest, index);
+    this.#usedAt[index] = generation;
+    Atomics.store(this.#states, index, ahead ? UNIT_AHEAD : UNIT_PRESENT);
+  }
+
+  /** On the disk → ABSENT or EVICTING; anything else stays. */
+  lost(index: number, state: typeof UNIT_ABSENT | typeof UNIT_EVICTING = UNIT_ABSENT): void {
+    if (!this.isHere(index)) return;
+    Atomics.store(this.#states, index, state);
+    this.presentChunks--;
+    this.presentBytes -= chunkLengthOf(this.manifest, index);
+  }
+
+  /** EVICTING → ABSENT. */
+  evicted(index: number): void {
+    Atomics.store(this.#states, index, UNIT_ABSENT);
+  }
+
+  /** Files of an earlier run: what has a record, and zeros that are not holes, are UNVERIFIED. */
+  adopt(files: ImageFiles): void {
+    const { sizeBytes, chunkBytes } = this.manifest;
+    const states = this.#states;
+    scanRecords(files.mapFd, states.length, (index) => {
+      // A record for a chunk of zeros is damage without consequence: such a chunk is judged by its bytes.
+      if (index >= states.length || states[index] !== UNIT_ABSENT) return;
+      states[index] = UNIT_UNVERIFIED;
+      this.presentChunks++;
+      this.presentBytes += chunkLengthOf(this.manifest, index);
+    });
+    const distrust = (first: number, endIndex: number) => {
+      let at = first * chunkBytes;
+      const end = Math.min(endIndex * chunkBytes, sizeBytes);
+      while (at < end) {
+        const data = nextData(files.dataFd, at);
+        if (!data || data.start >= end) return;
+        states.fill(
+          UNIT_UNVERIFIED,
+          Math.floor(data.start / chunkBytes),
+          Math.ceil(Math.min(data.end, end) / chunkBytes),
+        );
+        at = data.end;
+      }
+    };
+    let zerosFrom = 0;
+    for (const [first, chunks] of this.table.extents()) {
+      distrust(zerosFrom, first);
+      zerosFrom = first + chunks;
+    }
+    distrust(zerosFrom, states.length);
+  }
+
+  /** First chunk in this state, or -1. */
+  firstIn(state: number): number {
+    return this.#states.indexOf(state);
+  }
+
+  /** Every chunk of data on this disk: its index, and the generation it was last used in. */
+  forEachPresent(visit: (index: number, usedAt: number) => void): void {
+    for (const [first, chunks] of this.table.extents()) {
+      for (let index = first; index < first + chunks; index++) {
+        if (this.isHere(index)) visit(index, this.#usedAt[index]!);
+      }
+    }
+  }
+
+  /** Reads and clears the marks of use; `used` hears of each chunk of data that was touched since the last time. */
+  harvest(generation: number, used?: (index: number) => void): void {
+    const { touched } = this;
+    for (let index = touched.indexOf(1); index >= 0; index = touched.indexOf(1, index + 1)) {
+      touched[index] = 0;
+      if (this.table.entryOf(index) < 0) continue;
+      this.#notes[index]! |= NOTE_USED;
+      this.#usedAt[index] = generation;
+      used?.(index);
+    }
+  }
+
+  /** A reader that leaves no marks had all of it. */
+  usedWhole(generation: number): void {
+    this.#usedAt.fill(generation);
+  }
+
+  notePrefetched(index: number): void {
+    this.#notes[index]! |= NOTE_PREFETCHED;
+  }
+
+  /** Distinct chunks of data read since the start, and of the prefetched ones those that were. */
+  usage(): { touchedChunks: number; prefetchedUsedChunks: number } {
+    for (const [first, chunks] of this.table.extents()) {
+      for (let index = first; index < first + chunks; index++) {
+        if (this.touched[index] !== 0) this.#notes[index]! |= NOTE_USED;
+      }
+    }
+    return usageOf(this.#notes, this.table);
+  }
+}
+
+/** The same of an image that is closed. */
+export function usageOf(
+  notes: Uint8Array,
+  table: ChunkTable,
+): { touchedChunks: number; prefetchedUsedChunks: number } {
+  let touchedChunks = 0;
+  let prefetchedUsedChunks = 0;
+  for (const [first, chunks] of table.extents()) {
+    for (let index = first; index < first + chunks; index++) {
+      const note = notes[index]!;
+      if ((note & NOTE_USED) === 0) continue;
+      touchedChunks++;
+      if ((note & NOTE_PREFETCHED) !== 0) prefetchedUsedChunks++;
+    }
+  }
+  return { touchedChunks, prefetchedUsedChunks };
+}

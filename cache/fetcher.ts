@@ -1,0 +1,289 @@
+/**
+ * Chunks from the source, each once: equal requests share one fetch, requests of one turn of the event loop share
+ * one call, what arrives is decoded and checked before anybody gets it. It does not know that it feeds a cache.
+ *
+ * Two queues. Demand goes out at once. Prefetch goes out behind it, in calls of some chunks, as many bytes at a time
+ * as PrefetchWindow allows and as fast as the ceiling does. A demand for a chunk whose prefetch is still queued here
+ * takes it over; one whose prefetch is under way joins it: the window is short, and asking twice would be slower.
+ *
+ * A chunk that does not match its digest is asked for once more, alone. A batch that fails because of one of its
+ * chunks (not-found, say) is asked for again chunk by chunk, so that no reader fails for another's chunk.
+ */
+import { decodeChunk } from '../src/core/chunk.ts';
+import type { ChunkRef, StoredChunk } from '../src/core/chunk.ts';
+import { asGridError, GridError } from '../src/core/errors.ts';
+import { BATCH_CHUNKS_MAX, CACHE_BATCHES_MAX } from '../src/core/limits.ts';
+import type { ChunkSource, Priority } from '../src/core/source.ts';
+import { PrefetchWindow, RateCeiling } from './prefetch-window.ts';
+
+/** What was fetched on whose behalf. */
+export interface FetchTally {
+  fetchedChunks: number;
+  fetchedPlainBytes: number;
+  fetchedStoredBytes: number;
+}
+
+/** Chunks in one call of prefetch: several calls share the window. */
+const PREFETCH_CHUNKS_MAX = 32;
+
+interface Wanted {
+  readonly key: string;
+  readonly ref: ChunkRef;
+  readonly tally: FetchTally;
+  priority: Priority;
+  /** How many asked for it. */
+  waiters: number;
+  /** Asked for a second time; the next failure is final. */
+  again: boolean;
+  readonly promise: Promise<Buffer>;
+  resolve(plain: Buffer): void;
+  reject(error: GridError): void;
+}
+
+export class Fetcher {
+  readonly #source: ChunkSource;
+  readonly #log: (message: string) => void;
+  readonly #abort = new AbortController();
+  readonly #flights = new Map<string, Wanted>();
+  #demand: Wanted[] = [];
+  /** In order of asking. */
+  readonly #prefetch = new Map<string, Wanted>();
+  readonly #window = new PrefetchWindow();
+  readonly #ceiling: RateCeiling;
+  #callsUnderWay = 0;
+  #prefetchBytesUnderWay = 0;
+  #scheduled = false;
+  #timer: NodeJS.Timeout | undefined;
+  /** Chunks that did not match their digest when they arrived. */
+  corruptChunks = 0;
+
+  constructor(
+    source: ChunkSource,
+    log: (message: string) => void,
+    options: { prefetchBytesPerSecond?: number } = {},
+  ) {
+    this.#source = source;
+    this.#log = log;
+    this.#ceiling = new RateCeiling(options.prefetchBytesPerSecond ?? Infinity);
+  }
+
+  /** Plain, verified bytes of a chunk, shared by all who ask until `settled` is called. Throws corrupt, not-found, closed and what the source throws. */
+  fetch(ref: ChunkRef, tally: FetchTally, priority: Priority = 'demand'): Promise<Buffer> {
+    const key = keyOf(ref);
+    let wanted = this.#flights.get(key);
+    if (wanted) {
+      wanted.waiters++;
+      if (priority === 'demand') this.promote(ref);
+      return wanted.promise;
+    }
+    wanted = { key, ref, tally, priority, waiters: 1, again: false, ...Promise.withResolvers<Buffer>() };
+    this.#flights.set(key, wanted);
+    if (priority === 'demand') this.#demand.push(wanted);
+    else this.#prefetch.set(key, wanted);
+    this.#schedule();
+    return wanted.promise;
+  }
+
+  /** Somebody waits for this chunk now: if its prefetch is queued, it goes out as demand. */
+  promote(ref: ChunkRef): void {
+    const wanted = this.#flights.get(keyOf(ref));
+    if (!wanted) return;
+    wanted.priority = 'demand';
+    if (!this.#prefetch.delete(wanted.key)) return;
+    this.#demand.push(wanted);
+    this.#schedule();
+  }
+
+  /** One who asked for this prefetch does not want it any more: if nobody else does and it has not gone out, it
+   * fails with `closed`. */
+  drop(ref: ChunkRef): void {
+    const wanted = this.#prefetch.get(keyOf(ref));
+    if (!wanted || --wanted.waiters > 0) return;
+    this.#prefetch.delete(wanted.key);
+    this.#reject(wanted, new GridError('closed', 'the prefetch was cancelled'));
+  }
+
+  /** Whoever fetched a chunk has put it where others find it (or could not): who wants it now asks again. */
+  settled(ref: ChunkRef): void {
+    this.#flights.delete(keyOf(ref));
+  }
+
+  /** Chunks asked for and not there yet. */
+  get inFlight(): number {
+    return this.#flights.size;
+  }
+
+  /** Ends what is under way: it rejects with `closed`. */
+  close(): void {
+    this.#abort.abort();
+    clearTimeout(this.#timer);
+    const queued = [...this.#demand.splice(0), ...this.#prefetch.values()];
+    this.#prefetch.clear();
+    for (const wanted of queued) this.#reject(wanted, this.#closedError());
+  }
+
+  #closedError(): GridError {
+    return new GridError('closed', `the cache in front of ${this.#source.name} was closed`);
+  }
+
+  /** setImmediate: after every request that this turn of the event loop brings. */
+  #schedule(): void {
+    if (this.#scheduled) return;
+    this.#scheduled = true;
+    setImmediate(() => {
+      this.#scheduled = false;
+      this.#pump();
+    });
+  }
+
+  #pump(): void {
+    while (this.#demand.length > 0 && this.#callsUnderWay < CACHE_BATCHES_MAX) {
+      this.#callsUnderWay++;
+      void this.#call(this.#nextDemand(), 'demand').finally(() => {
+        this.#callsUnderWay--;
+        if (this.#demand.length > 0) this.#schedule();
+      });
+    }
+    while (this.#prefetch.size > 0) {
+      const bytes = Math.min(this.#window.bytes, this.#ceiling.burstBytes);
+      // Not chunk by chunk as the last one comes in: a call should be worth its way.
+      if (this.#prefetchBytesUnderWay > 0 && this.#prefetchBytesUnderWay > (bytes * 3) / 4) return;
+      const waitMs = this.#ceiling.waitMs(performance.now());
+      if (waitMs > 0) {
+        this.#timer ??= setTimeout(() => {
+          this.#timer = undefined;
+          this.#pump();
+        }, waitMs);
+        return;
+      }
+      const batch = this.#nextPrefetch(bytes - this.#prefetchBytesUnderWay);
+      void this.#callPrefetch(batch);
+    }
+  }
+
+  /** The longest run of first-time requests, or one that goes alone. */
+  #nextDemand(): Wanted[] {
+    let length = this.#demand.findIndex((wanted) => wanted.again);
+    if (length === 0) length = 1;
+    else if (length < 0) length = this.#demand.length;
+    return this.#demand.splice(0, Math.min(length, BATCH_CHUNKS_MAX));
+  }
+
+  /** About `room` bytes, one chunk at least; one that goes alone goes alone. */
+  #nextPrefetch(room: number): Wanted[] {
+    const batch: Wanted[] = [];
+    let bytes = 0;
+    for (const wanted of this.#prefetch.values()) {
+      if (batch.length > 0 && (wanted.again || bytes + wanted.ref.plainBytes > room)) break;
+      batch.push(wanted);
+      bytes += wanted.ref.plainBytes;
+      this.#prefetch.delete(wanted.key);
+      if (wanted.again || batch.length === PREFETCH_CHUNKS_MAX) break;
+    }
+    return batch;
+  }
+
+  async #callPrefetch(batch: Wanted[]): Promise<void> {
+    const bytes = batch.reduce((sum, { ref }) => sum + ref.plainBytes, 0);
+    this.#prefetchBytesUnderWay += bytes;
+    const startMs = performance.now();
+    let firstMs: number | undefined;
+    let left = bytes;
+    await this.#call(batch, 'prefetch', ({ ref }, storedBytes) => {
+      firstMs ??= performance.now() - startMs;
+      this.#ceiling.spend(storedBytes, performance.now());
+      left -= ref.plainBytes;
+      this.#prefetchBytesUnderWay -= ref.plainBytes;
+      if (this.#prefetch.size > 0) this.#schedule();
+    });
+    this.#prefetchBytesUnderWay -= left;
+    if (firstMs !== undefined) {
+      const nowMs = performance.now();
+      this.#window.onCall({ firstMs, lastMs: nowMs - startMs, nowMs, queued: this.#prefetch.size > 0 });
+    }
+    if (this.#prefetch.size > 0) this.#schedule();
+  }
+
+  async #call(
+    batch: Wanted[],
+    priority: Priority,
+    received?: (wanted: Wanted, storedBytes: number) => void,
+  ): Promise<void> {
+    if (this.#abort.signal.aborted) {
+      for (const wanted of batch) this.#reject(wanted, this.#closedError());
+      return;
+    }
+    const waiting: (Wanted | undefined)[] = [...batch];
+    let failure: GridError | undefined;
+    try {
+      await this.#source.readChunks(
+        batch.map((wanted) => wanted.ref),
+        { priority, signal: this.#abort.signal },
+        (index, chunk) => {
+          const wanted = waiting[index];
+          if (!wanted) return;
+          waiting[index] = undefined;
+          this.#receive(wanted, chunk);
+          received?.(wanted, chunk.bytes.length);
+        },
+      );
+    } catch (error) {
+      failure = this.#abort.signal.aborted
+        ? this.#closedError()
+        : asGridError(error, `cannot read chunks from ${this.#source.name}`, 'origin-failed');
+    }
+    for (const wanted of waiting) {
+      if (!wanted) continue;
+      failure ??= new GridError(
+        'origin-failed',
+        `${this.#source.name} did not send chunk ${wanted.ref.digest.slice(0, 12)}`,
+      );
+      // One chunk's failure ends a batch; only trouble with the way or a close is everybody's.
+      const mayBeAnothers = batch.length > 1 && failure.blame !== 'tunnel' && failure.code !== 'closed';
+      if (mayBeAnothers && !wanted.again) this.#askAgain(wanted);
+      else this.#reject(wanted, failure);
+    }
+  }
+
+  #receive(wanted: Wanted, chunk: StoredChunk): void {
+    let plain: Buffer;
+    try {
+      plain = decodeChunk(chunk, wanted.ref);
+    } catch (cause) {
+      this.corruptChunks++;
+      this.#source.reportCorrupt?.(wanted.ref, chunk); // another source of several is asked next time
+      const what = `chunk ${wanted.ref.digest.slice(0, 12)} from ${this.#source.name} is corrupt`;
+      this.#log(`cache: ${what}${wanted.again ? '' : ', asking once more'}`);
+      if (wanted.again || this.#abort.signal.aborted) {
+        const error = new GridError('corrupt', `${what}; run \`gridvfs store verify\` at its store`, {
+          cause,
+        });
+        this.#reject(wanted, error);
+      } else {
+        this.#askAgain(wanted);
+      }
+      return;
+    }
+    wanted.tally.fetchedChunks++;
+    wanted.tally.fetchedPlainBytes += plain.length;
+    wanted.tally.fetchedStoredBytes += chunk.bytes.length;
+    wanted.resolve(plain);
+  }
+
+  #askAgain(wanted: Wanted): void {
+    wanted.again = true;
+    if (wanted.priority === 'demand') this.#demand.push(wanted);
+    else this.#prefetch.set(wanted.key, wanted);
+    this.#schedule();
+  }
+
+  #reject(wanted: Wanted, error: GridError): void {
+    this.#flights.delete(wanted.key);
+    wanted.reject(error);
+  }
+}
+
+/** The length is part of the key: a manifest that lies about it must not be answered by one that does not. */
+function keyOf(ref: ChunkRef): string {
+  return `${ref.digest}:${ref.plainBytes}`;
+}

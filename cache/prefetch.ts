@@ -1,0 +1,66 @@
+/** Many chunks of one image before anybody asks: a bounded number at a time, cancellable, with progress. */
+import { GridError } from '../src/core/errors.ts';
+import { CACHE_PREFETCH_BYTES_MAX } from '../src/core/limits.ts';
+import type { ImageFile } from './image-file.ts';
+import type { Space } from './space.ts';
+
+export interface PrefetchOptions {
+  readonly signal?: AbortSignal;
+  /** Called after each chunk: how many of how many are here. */
+  readonly progress?: (doneChunks: number, totalChunks: number) => void;
+}
+
+/**
+ * Fetches what is not here of `indexes`, in that order. Resolves to the number of chunks that it fetched when all
+ * are here. Throws closed when cancelled, no-space when there is no room for more, and what a fetch throws; chunks
+ * that were under way then are either stored or dropped when it throws.
+ */
+export async function prefetchChunks(
+  file: ImageFile,
+  space: Space,
+  indexes: readonly number[],
+  options: PrefetchOptions = {},
+): Promise<number> {
+  const { signal, progress } = options;
+  const atOnce = Math.max(1, Math.floor(CACHE_PREFETCH_BYTES_MAX / file.manifest.chunkBytes));
+  const underWay = new Map<number, Promise<void>>();
+  let failure: unknown;
+  let fetched = 0;
+  let done = 0;
+  const stop = () => {
+    for (const index of underWay.keys()) file.cancelPrefetch(index);
+  };
+  signal?.addEventListener('abort', stop);
+  try {
+    for (const index of indexes) {
+      if (signal?.aborted || failure !== undefined) break;
+      const one = file
+        .prefetch(index)
+        .then(
+          (isNew) => {
+            if (!isNew) return;
+            fetched++;
+            if (file.states.isHere(index) || space.degraded === undefined) return;
+            failure ??= new GridError('no-space', `no room to prefetch: ${space.degraded}`);
+          },
+          (error: unknown) => {
+            failure ??= error;
+          },
+        )
+        .finally(() => {
+          underWay.delete(index);
+          progress?.(++done, indexes.length);
+        });
+      underWay.set(index, one);
+      if (underWay.size >= atOnce) await Promise.race(underWay.values());
+    }
+    await Promise.all(underWay.values());
+  } finally {
+    signal?.removeEventListener('abort', stop);
+    stop();
+    await Promise.all(underWay.values());
+  }
+  if (signal?.aborted) throw new GridError('closed', 'the prefetch was cancelled');
+  if (failure !== undefined) throw failure;
+  return fetched;
+}

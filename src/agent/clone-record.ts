@@ -1,0 +1,92 @@
+/**
+ * What a clone is on disk. `clones/ID/clone.json` (below) names the layers that make up its disk, bottom first, as
+ * folders of `layers/`; the last one is its own, the others are frozen and shared. A record is replaced by rename,
+ * which is the one moment in which a clone changes; a layer that no record names is garbage.
+ */
+import { open, readFile, rename, rm, writeFile } from 'node:fs/promises';
+import path from 'node:path';
+import type { Digest } from '../core/bytes.ts';
+import { isDigest } from '../core/bytes.ts';
+import { GridError } from '../core/errors.ts';
+import { FROZEN_LAYERS_MAX } from '../core/image.ts';
+import { IMAGE_BYTES_MAX } from '../core/limits.ts';
+import { isName } from '../core/manifest.ts';
+
+/** Non-persistent: goes with the VM that runs over it, or with `rm`. Persistent: only with `rm`. Full: persistent,
+ * and a file of its own once it is filled. */
+export const CLONE_KINDS = ['non-persistent', 'persistent', 'full'] as const;
+export type CloneKind = (typeof CLONE_KINDS)[number];
+
+export interface CloneRecord {
+  readonly schema: 2;
+  readonly id: string;
+  readonly kind: CloneKind;
+  /** The reference it was made from, as the user wrote it: for people only. */
+  readonly image: string;
+  /** Manifest digest of the base: what counts. */
+  readonly base: Digest;
+  /** Names below `layers/`, bottom first. */
+  readonly layers: readonly string[];
+  /** Set when its disk needs nothing of the base any more: what the lowest layer names as its base. */
+  readonly detached?: Digest;
+  readonly sizeBytes: number;
+  /** Most data that its own layer may hold. */
+  readonly quotaBytes?: number;
+  /** The clone that it was made from. */
+  readonly parent?: string;
+  /** ISO 8601, UTC. */
+  readonly created: string;
+  /** The VM it was made for; it goes with that VM. */
+  readonly vm?: string;
+}
+
+export const RECORD_FILE = 'clone.json';
+
+/** Puts the record into `folder` (which is there), durable when it resolves. */
+export async function writeRecord(folder: string, record: CloneRecord): Promise<void> {
+  const file = path.join(folder, RECORD_FILE);
+  try {
+    await writeFile(`${file}.new`, JSON.stringify(record) + '\n', { flush: true });
+    await rename(`${file}.new`, file);
+    await syncFolder(folder);
+  } catch (error) {
+    await rm(`${file}.new`, { force: true });
+    throw error;
+  }
+}
+
+/** Throws bad-format, newer-format and what the disk says. */
+export async function readRecord(folder: string): Promise<CloneRecord> {
+  const record = JSON.parse(await readFile(path.join(folder, RECORD_FILE), 'utf8')) as Partial<CloneRecord>;
+  if (record.schema !== 2)
+    throw new GridError('newer-format', `its clone.json has schema ${String(record.schema)}, this is 2`);
+  const { id, kind, base, layers, detached, sizeBytes, quotaBytes } = record;
+  const good =
+    id === path.basename(folder) &&
+    isName(id) &&
+    CLONE_KINDS.includes(kind!) &&
+    isDigest(base) &&
+    Array.isArray(layers) &&
+    layers.length > 0 &&
+    layers.length <= FROZEN_LAYERS_MAX + 1 &&
+    layers.every(isName) &&
+    (detached === undefined || isDigest(detached)) &&
+    isSize(sizeBytes) &&
+    (quotaBytes === undefined || isSize(quotaBytes));
+  if (!good) throw new GridError('bad-format', 'its clone.json is malformed');
+  return record as CloneRecord;
+}
+
+function isSize(value: unknown): value is number {
+  return typeof value === 'number' && Number.isSafeInteger(value) && value >= 0 && value <= IMAGE_BYTES_MAX;
+}
+
+/** Makes the names in a folder durable. */
+export async function syncFolder(folder: string): Promise<void> {
+  const handle = await open(folder, 'r');
+  try {
+    await handle.sync();
+  } finally {
+    await handle.close();
+  }
+}

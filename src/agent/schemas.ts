@@ -1,0 +1,13 @@
+/** JSON schemas that the routes of the control socket share. */
+import { IMAGE_BYTES_MAX, NAME_LENGTH_MAX } from '../core/limits.ts';
+
+export const name = { type: 'string', maxLength: NAME_LENGTH_MAX, pattern: '^[a-z0-9][a-z0-9._-]*$' };
+export const reference = { type: 'string', maxLength: 2 * NAME_LENGTH_MAX };
+export const params = { type: 'object', properties: { id: name }, required: ['id'] };
+export const sizeBytes = { type: 'integer', minimum: 0, maximum: IMAGE_BYTES_MAX };
+/** An absolute path on this host. */
+export const file = { type: 'string', maxLength: 4096, pattern: '^/' };
+
+export function body(properties: Record<string, unknown>, required: string[] = []) {
+  return { type: 'object', additionalProperties: false, properties, required };
+}

@@ -1,0 +1,323 @@
+/**
+ * The host's proxy, put together: source → cache → tree → FUSE mount, with the agent (clones, VMs) and its control
+ * socket beside it. Each part gets the next one as a constructor argument; nothing here has logic of its own.
+ *
+ * Start: every step that succeeded is undone when a later one fails, so a failed start leaves nothing.
+ * Stop, in this order: VMs, mount (refused while files are open), control socket, clones and cache flushed and
+ * closed, source. A second stop waits for the first.
+ */
+import { closeSync, openSync } from 'node:fs';
+import { mkdir, rename, rm, writeFile } from 'node:fs/promises';
+import path from 'node:path';
+import { openCache } from '../../cache/index.ts';
+import {
+  FAILOVER_TIMEOUT_MS,
+  FailoverSource,
+  RemoteSource,
+  connectSource,
+  connectSources,
+} from '../../proxy/index.ts';
+import { Clones } from '../agent/clones.ts';
+import { serveControl } from '../agent/control.ts';
+import { Machines } from '../agent/machines.ts';
+import { listenMetrics, ProxyMetrics } from '../agent/metrics.ts';
+import type { SourceForMetrics } from '../agent/metrics.ts';
+import { createStarts } from '../agent/starts.ts';
+import { asGridError, GridError } from '../core/errors.ts';
+import { sha256 } from '../core/bytes.ts';
+import type { Digest } from '../core/bytes.ts';
+import { tryLock } from '../core/linux.ts';
+import type { Manifest } from '../core/manifest.ts';
+import { parseReference } from '../core/manifest.ts';
+import { QuietPoints } from '../core/quiet.ts';
+import type { ChunkSource } from '../core/source.ts';
+import { cleanDeadMount, mountTree } from '../frontend/fuse/index.ts';
+import type { Driver } from '../frontend/fuse/index.ts';
+import { createTree } from '../image/index.ts';
+import { openStore, Store } from '../store/index.ts';
+import { createQemu } from '../vmm/index.ts';
+import { cloneParts, cloneWork } from './clone-parts.ts';
+import { runtimeRoot } from './paths.ts';
+import type { ProxyPaths } from './paths.ts';
+import { controlSocketOf, runningProxies } from './registry.ts';
+import type { ProxyRecord } from './registry.ts';
+
+export interface DaemonOptions {
+  readonly source: string;
+  /** Further sources for the same store, in order of preference. */
+  readonly also?: readonly string[];
+  readonly mountpoint: string;
+  readonly paths: ProxyPaths;
+  readonly logFile: string;
+  readonly quotaBytes?: number;
+  /** Where a scraper finds /metrics and /healthz, beside the control socket. */
+  readonly metrics?: { host: string; port: number };
+  readonly workers?: number;
+  readonly minFreeBytes?: number;
+  readonly prefetchBytesPerSecond?: number;
+  /** Whether starts of VMs are replayed and recorded; default true. */
+  readonly profiles?: boolean;
+  readonly driver?: Driver;
+  readonly passthrough?: boolean;
+  readonly accelerator?: 'auto' | 'kvm' | 'tcg';
+  readonly ssh: SshOptions;
+}
+
+export interface SshOptions {
+  readonly identityPaths?: string[];
+  readonly knownHostsPaths?: string[];
+  readonly hostKeyFingerprint?: string;
+  readonly remoteCommand?: string;
+  readonly caPaths?: string[];
+  readonly connectTimeoutMs?: number;
+  readonly reconnectTimeoutMs?: number;
+}
+
+export interface Daemon {
+  readonly record: ProxyRecord;
+  /** Resolves when everything is down, for whatever reason. */
+  readonly ended: Promise<'stopped' | 'failed'>;
+  /** Throws in-use, unless forced, while VMs run or files are open. */
+  shutdown(force: boolean): Promise<void>;
+}
+
+/** A URL is reached through the proxy protocol; anything else is a folder on this host. */
+export function openSource(
+  source: string,
+  ssh: SshOptions,
+  log: (line: string) => void,
+): Promise<ChunkSource> {
+  if (/^[a-z]+:\/\//.test(source))
+    return connectSource(source, { ...ssh, onEvent: ({ message }) => log(message) });
+  return openStore(path.resolve(source));
+}
+
+/** One source, or several for one store behind failover. */
+function openSources(options: DaemonOptions, log: (line: string) => void): Promise<ChunkSource> {
+  const { also = [], ssh } = options;
+  if (also.length === 0) return openSource(options.source, ssh, log);
+  const { reconnectTimeoutMs = Infinity } = ssh;
+  // Waiting beyond this is failover's part.
+  const each = { ...ssh, reconnectTimeoutMs: Math.min(FAILOVER_TIMEOUT_MS, reconnectTimeoutMs) };
+  return connectSources(
+    [options.source, ...also].map((name) => ({ name, open: () => openSource(name, each, log) })),
+    { ...ssh, onEvent: ({ message }) => log(message) },
+  );
+}
+
+/** One entry for each source: what it did, and why it is not asked now. */
+function sourceStatistics(source: ChunkSource): SourceForMetrics[] {
+  if (source instanceof FailoverSource) {
+    return source
+      .statistics()
+      .sources.map(({ reason, ...each }) => (reason === undefined ? each : { ...each, down: reason }));
+  }
+  return [{ name: source.name, ...(source instanceof RemoteSource ? source.statistics() : {}) }];
+}
+
+export async function startDaemon(options: DaemonOptions, log: (line: string) => void): Promise<Daemon> {
+  const { paths } = options;
+  const mountpoint = path.resolve(options.mountpoint);
+  const stack = new AsyncDisposableStack();
+  try {
+    await refuseSecond(paths, mountpoint);
+    for (const what of [paths.name, mountpoint]) stack.defer(await lockFor(what));
+    await mkdir(paths.runtime, { recursive: true, mode: 0o700 });
+    stack.defer(() => rm(paths.runtime, { recursive: true, force: true }));
+    await cleanDeadMount(mountpoint);
+
+    const quiet = new QuietPoints();
+    const source = await openSources(options, log);
+    stack.defer(() => source.close());
+    const metrics = new ProxyMetrics();
+    const cache = await openCache({
+      folder: paths.cache,
+      source: metrics.timed(source),
+      log,
+      quiet,
+      ...(options.minFreeBytes === undefined ? {} : { minFreeBytes: options.minFreeBytes }),
+      ...(options.prefetchBytesPerSecond === undefined
+        ? {}
+        : { prefetchBytesPerSecond: options.prefetchBytesPerSecond }),
+      ...(options.quotaBytes === undefined ? {} : { quotaBytes: options.quotaBytes }),
+    });
+    stack.defer(() => cache.close());
+
+    const clones = await Clones.load(paths.state, cloneParts(cache), log);
+    stack.defer(() => clones.close());
+
+    const imageFolderOf = (tag: { name: string; version: string }) =>
+      path.join(mountpoint, 'images', tag.name, tag.version);
+    const resolve = async (text: string): Promise<{ digest: Digest; manifest: Manifest; folder: string }> => {
+      const { name, version } = parseReference(text);
+      const tag = (await cache.listTags()).find((one) => one.name === name && one.version === version);
+      if (!tag) {
+        throw new GridError(
+          'not-found',
+          `no image ${name}:${version} at ${source.name}; \`ls ${mountpoint}/images\` lists them`,
+        );
+      }
+      return {
+        digest: tag.manifest,
+        manifest: await cache.readManifest(tag.manifest),
+        folder: imageFolderOf(tag),
+      };
+    };
+    const machines = new Machines({
+      vmm: createQemu({ accelerator: options.accelerator ?? 'auto', log }),
+      folder: path.join(paths.runtime, 'vms'),
+      clones,
+      log,
+      ...(options.profiles === false ? {} : { starts: createStarts(cache, log) }),
+      catalog: {
+        resolve,
+        async manifestOf(digest) {
+          const tag = (await cache.listTags()).find((one) => one.manifest === digest);
+          return { manifest: await cache.readManifest(digest), folder: tag && imageFolderOf(tag) };
+        },
+        diskOf: (id) => path.join(mountpoint, 'clones', id, 'disk.raw'),
+      },
+    });
+    await machines.cleanUp();
+    clones.resumeFilling();
+
+    const tree = createTree({ catalog: cache, clones });
+    const mount = await mountTree(tree, mountpoint, {
+      fsName: options.source,
+      log,
+      quiet,
+      ...(options.driver === undefined ? {} : { driver: options.driver }),
+      ...(options.passthrough === undefined ? {} : { passthrough: options.passthrough }),
+      ...(options.workers === undefined ? {} : { workers: options.workers }),
+    });
+    stack.defer(() => mount.unmount({ force: true }));
+
+    const record: ProxyRecord = {
+      name: paths.name,
+      pid: process.pid,
+      mountpoint,
+      source: source.name,
+      cache: paths.cache,
+      state: paths.state,
+      runtime: paths.runtime,
+      log: options.logFile,
+      started: new Date().toISOString(),
+    };
+
+    const ended = Promise.withResolvers<'stopped' | 'failed'>();
+    let failed = false;
+    let stopping: Promise<void> | undefined;
+    const unmountOnce = (force: boolean): Promise<void> => {
+      stopping ??= (async () => {
+        if (machines.count > 0) {
+          if (!force) {
+            throw new GridError(
+              'in-use',
+              `${machines.count} VM(s) run over ${mountpoint}; stop them, or use --force`,
+            );
+          }
+          await machines.stopAll(FORCED_GRACE_MS);
+        }
+        await mount.unmount({ force });
+      })().catch((error: unknown) => {
+        stopping = undefined;
+        throw error;
+      });
+      return stopping;
+    };
+    let finished: Promise<void> | undefined;
+    const finish = () => {
+      finished ??= stack.disposeAsync().then(
+        () => ended.resolve(failed ? 'failed' : 'stopped'),
+        (error: unknown) => ended.reject(error as Error),
+      );
+      return finished;
+    };
+
+    const status = async () => ({
+      ...record,
+      vms: machines.count,
+      clones: clones.records().length,
+      cache: await cache.status(),
+      mount: mount.statistics(),
+      sources: sourceStatistics(source),
+    });
+    await rm(controlSocketOf(paths.runtime), { force: true }); // of a daemon that was killed
+    const control = await serveControl(controlSocketOf(paths.runtime), {
+      clones,
+      machines,
+      resolve,
+      cloneWork: cloneWork({
+        cache,
+        clones,
+        storeFolder: source instanceof Store ? source.name : undefined,
+        resolve,
+      }),
+      cache,
+      shutdown: unmountOnce,
+      ended: () => void finish(),
+      status,
+      metrics,
+    });
+    stack.defer(() => control.close());
+    if (options.metrics) {
+      const listener = await listenMetrics(options.metrics, metrics, status);
+      stack.defer(() => listener.close());
+      log(`metrics at http://${options.metrics.host}:${listener.port}/metrics`);
+    }
+    await writeRecord(record);
+    void mount.ended.then(async ({ reason }) => {
+      if (stopping) return; // by us: whoever asked for it goes on when it has its answer
+      failed = reason === 'failed';
+      if (failed) log('the mount failed; the proxy ends');
+      await machines.stopAll(0);
+      await finish();
+    });
+    log(`mounted ${source.name} at ${mountpoint}`);
+    return {
+      record,
+      ended: ended.promise,
+      async shutdown(force) {
+        await unmountOnce(force);
+        await finish();
+      },
+    };
+  } catch (error) {
+    await stack.disposeAsync();
+    throw asGridError(error, `cannot mount ${options.source} at ${mountpoint}`);
+  }
+}
+
+/** What VMs get to power down when the proxy is told to stop regardless of them. */
+const FORCED_GRACE_MS = 5_000;
+
+/** One start at a time of a proxy's name and of a mount point: two that begin together would take each other's
+ * files for leftovers. Held until the proxy ends; the kernel lets go of it when the process is killed. */
+async function lockFor(what: string): Promise<() => void> {
+  const folder = path.join(runtimeRoot(), 'locks');
+  await mkdir(folder, { recursive: true, mode: 0o700 });
+  const fd = openSync(path.join(folder, sha256(Buffer.from(what)).slice(0, 16)), 'w', 0o600);
+  if (tryLock(fd)) return () => closeSync(fd);
+  closeSync(fd);
+  throw new GridError(
+    'in-use',
+    `another proxy holds ${what}, or is just starting there; \`gridvfs proxy status\` shows it`,
+  );
+}
+
+async function refuseSecond(paths: ProxyPaths, mountpoint: string): Promise<void> {
+  for (const other of await runningProxies()) {
+    if (other.mountpoint === mountpoint || other.name === paths.name) {
+      throw new GridError(
+        'in-use',
+        `proxy '${other.name}' (pid ${other.pid}) has ${other.source} mounted at ${other.mountpoint}; \`gridvfs umount ${other.mountpoint}\` ends it`,
+      );
+    }
+  }
+}
+
+async function writeRecord(record: ProxyRecord): Promise<void> {
+  const file = path.join(record.runtime, 'proxy.json');
+  await writeFile(`${file}.new`, JSON.stringify(record, null, 2) + '\n');
+  await rename(`${file}.new`, file);
+}

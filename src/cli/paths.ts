@@ -1,0 +1,78 @@
+/**
+ * Where things lie. Root: /var/cache, /var/lib, /run, /etc. Users: the XDG base directories. Everything of one
+ * proxy is found by its name, which comes from the mount point unless it is given: /mnt/grid → "mnt-grid".
+ */
+import os from 'node:os';
+import path from 'node:path';
+import { isName } from '../core/manifest.ts';
+import { isRoot } from '../core/linux.ts';
+import { GridError } from '../core/errors.ts';
+
+export interface ProxyPaths {
+  readonly name: string;
+  /** Chunks of images: may be thrown away. */
+  readonly cache: string;
+  /** Clones: must be kept. */
+  readonly state: string;
+  /** Sockets and process ids: gone at reboot. */
+  readonly runtime: string;
+}
+
+function xdg(variable: string, fallback: string): string {
+  const value = process.env[variable];
+  return value !== undefined && path.isAbsolute(value) ? value : path.join(os.homedir(), fallback);
+}
+
+export function cacheRoot(): string {
+  return isRoot() ? '/var/cache/gridvfs' : path.join(xdg('XDG_CACHE_HOME', '.cache'), 'gridvfs');
+}
+
+export function stateRoot(): string {
+  return isRoot() ? '/var/lib/gridvfs' : path.join(xdg('XDG_STATE_HOME', '.local/state'), 'gridvfs');
+}
+
+export function runtimeRoot(): string {
+  if (process.env['GRIDVFS_RUNTIME_DIR']) return process.env['GRIDVFS_RUNTIME_DIR'];
+  if (isRoot()) return '/run/gridvfs';
+  const runtime = process.env['XDG_RUNTIME_DIR'];
+  return runtime !== undefined
+    ? path.join(runtime, 'gridvfs')
+    : path.join(os.tmpdir(), `gridvfs-${os.userInfo().uid}`);
+}
+
+export function configPath(): string {
+  return isRoot()
+    ? '/etc/gridvfs/gridvfs.toml'
+    : path.join(xdg('XDG_CONFIG_HOME', '.config'), 'gridvfs', 'gridvfs.toml');
+}
+
+/** "/mnt/grid" → "mnt-grid"; characters that a name cannot have become "_". */
+export function nameOfMountpoint(mountpoint: string): string {
+  const name = path
+    .resolve(mountpoint)
+    .slice(1)
+    .replaceAll('/', '-')
+    .toLowerCase()
+    .replaceAll(/[^a-z0-9._-]/g, '_')
+    .replace(/^[^a-z0-9]+/, '')
+    .slice(-100);
+  return name === '' ? 'root' : name;
+}
+
+export function proxyPaths(
+  name: string,
+  overrides: { cacheDir?: string; stateDir?: string } = {},
+): ProxyPaths {
+  if (!isName(name)) {
+    throw new GridError(
+      'bad-request',
+      `'${String(name)}' cannot be a proxy's name: use lower-case letters, digits, '.', '-' and '_'`,
+    );
+  }
+  return {
+    name,
+    cache: path.resolve(overrides.cacheDir ?? path.join(cacheRoot(), name)),
+    state: path.resolve(overrides.stateDir ?? path.join(stateRoot(), name)),
+    runtime: path.join(runtimeRoot(), name),
+  };
+}

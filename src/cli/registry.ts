@@ -1,0 +1,71 @@
+/**
+ * Which proxies run on this host: each writes `proxy.json` beside its control socket in the runtime folder.
+ * A verb that talks to a proxy finds it by mount point or name, or takes the only one there is.
+ */
+import { existsSync } from 'node:fs';
+import { readdir, readFile } from 'node:fs/promises';
+import path from 'node:path';
+import type { Command } from 'commander';
+import { ControlClient } from '../agent/client.ts';
+import { GridError } from '../core/errors.ts';
+import { isRunning } from '../core/linux.ts';
+import { runtimeRoot } from './paths.ts';
+
+/** What `proxy.json` holds. */
+export interface ProxyRecord {
+  readonly name: string;
+  readonly pid: number;
+  readonly mountpoint: string;
+  readonly source: string;
+  readonly cache: string;
+  readonly state: string;
+  readonly runtime: string;
+  readonly log: string;
+  readonly started: string;
+}
+
+export function controlSocketOf(runtime: string): string {
+  return path.join(runtime, 'control.sock');
+}
+
+/** Records of proxies that run. */
+export async function runningProxies(): Promise<ProxyRecord[]> {
+  const root = runtimeRoot();
+  if (!existsSync(root)) return [];
+  const records: ProxyRecord[] = [];
+  for (const name of await readdir(root)) {
+    try {
+      const record = JSON.parse(await readFile(path.join(root, name, 'proxy.json'), 'utf8')) as ProxyRecord;
+      if (isRunning(record.pid)) records.push(record);
+    } catch {
+      // none there, or one that is just starting or ending
+    }
+  }
+  return records.toSorted((a, b) => (a.mountpoint < b.mountpoint ? -1 : 1));
+}
+
+export function withProxyOption(command: Command): Command {
+  return command.option('-p, --proxy <NAME|MOUNTPOINT>', 'which proxy, when more than one runs');
+}
+
+/** The proxy that is meant: by name or mount point, or the only one that runs. */
+export async function findProxy(
+  which: string | undefined,
+): Promise<{ record: ProxyRecord; client: ControlClient }> {
+  const records = await runningProxies();
+  const matching =
+    which === undefined
+      ? records
+      : records.filter((record) => record.name === which || record.mountpoint === path.resolve(which));
+  if (matching.length === 1) {
+    const record = matching[0]!;
+    return { record, client: new ControlClient(controlSocketOf(record.runtime)) };
+  }
+  const list = records.map((record) => `${record.name} (${record.mountpoint})`).join(', ');
+  if (records.length === 0) {
+    throw new GridError('not-found', 'no proxy runs here; start one with `gridvfs mount SOURCE MOUNTPOINT`');
+  }
+  if (which === undefined)
+    throw new GridError('bad-request', `several proxies run: ${list}; say which with --proxy`);
+  throw new GridError('not-found', `no proxy '${which}' runs here; there is ${list}`);
+}

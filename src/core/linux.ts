@@ -1,0 +1,198 @@
+/**
+ * The few Linux system calls that Node lacks, through koffi (libc, no compiler needed). Each wrapper throws a
+ * SystemError with errno's name in `code`, like Node's own. Numbers from the kernel's uapi headers
+ * (linux/falloc.h, linux/fs.h, linux/mount.h, linux/fuse.h), the same on x86-64 and arm64 unless said.
+ */
+import { readFileSync } from 'node:fs';
+import { constants } from 'node:os';
+import koffi from 'koffi';
+
+const libc = koffi.load('libc.so.6');
+
+/** Of two names of one number the first counts, as in Node's own errors: EAGAIN is also EWOULDBLOCK. */
+const NAMES = new Map(
+  Object.entries(constants.errno)
+    .toReversed()
+    .map(([name, value]) => [value, name]),
+);
+
+/** Like Node's errors of system calls: `code` is 'ENOSPC', `errno` the positive number. */
+export class SystemError extends Error {
+  readonly code: string;
+  readonly errno: number;
+  readonly syscall: string;
+
+  constructor(syscall: string, errno: number) {
+    const code = NAMES.get(errno) ?? `errno ${errno}`;
+    super(`${code}: ${syscall}`);
+    this.name = 'SystemError';
+    this.code = code;
+    this.errno = errno;
+    this.syscall = syscall;
+  }
+}
+
+function checked(syscall: string, result: number | bigint): number {
+  if (result < 0) throw new SystemError(syscall, koffi.errno());
+  return Number(result);
+}
+
+const cFlock = libc.func('int flock(int fd, int operation)');
+const cFallocate = libc.func('int fallocate(int fd, int mode, int64_t offset, int64_t len)');
+const cLseek = libc.func('int64_t lseek(int fd, int64_t offset, int whence)');
+const cMount = libc.func(
+  'int mount(const char *source, const char *target, const char *type, unsigned long flags, const char *data)',
+);
+const cUmount2 = libc.func('int umount2(const char *target, int flags)');
+const cIoctl = libc.func('int ioctl(int fd, unsigned long request, void *argument)');
+const cSyncfs = libc.func('int syncfs(int fd)');
+const cGeteuid = libc.func('unsigned int geteuid()');
+const cExit = libc.func('void _exit(int status)');
+
+const cCopyFileRange = libc.func(
+  'int64_t copy_file_range(int from, _Inout_ int64_t *fromOffset, int to, _Inout_ int64_t *toOffset, size_t length, unsigned int flags)',
+);
+
+const LOCK_EX = 2;
+const LOCK_NB = 4;
+
+/** Takes the exclusive flock(2) of an open file without waiting; false when somebody else has it. It goes with
+ * the last descriptor of the open file, so also when the process is killed. */
+export function tryLock(fd: number): boolean {
+  if (cFlock(fd, LOCK_EX | LOCK_NB) === 0) return true;
+  const errno = koffi.errno();
+  if (NAMES.get(errno) === 'EAGAIN') return false;
+  throw new SystemError('flock', errno);
+}
+
+const FALLOC_FL_KEEP_SIZE = 1;
+const FALLOC_FL_PUNCH_HOLE = 2;
+
+/** Gives the range's blocks back; it reads as zeros. Works on whole blocks inside, zeroes the edges. */
+export function punchHole(fd: number, offsetBytes: number, lengthBytes: number): void {
+  if (lengthBytes === 0) return;
+  checked('fallocate', cFallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offsetBytes, lengthBytes));
+}
+
+/** Reserves the range's blocks so that later writes to it cannot meet a full disk. */
+export function reserve(fd: number, offsetBytes: number, lengthBytes: number): void {
+  if (lengthBytes === 0) return;
+  checked('fallocate', cFallocate(fd, 0, offsetBytes, lengthBytes));
+}
+
+/** copy_file_range(2) on a thread of its own, until `lengthBytes` are copied: shares the blocks where the file
+ * system can, else copies within the kernel. */
+export async function copyFileRange(
+  from: number,
+  fromOffsetBytes: number,
+  to: number,
+  toOffsetBytes: number,
+  lengthBytes: number,
+): Promise<void> {
+  for (let done = 0; done < lengthBytes;) {
+    const copied = await new Promise<number>((resolve, reject) => {
+      cCopyFileRange.async(
+        from,
+        [fromOffsetBytes + done],
+        to,
+        [toOffsetBytes + done],
+        lengthBytes - done,
+        0,
+        (error: unknown, result: number | bigint) => {
+          if (error) reject(error instanceof Error ? error : new Error('copy_file_range was not called'));
+          else if (result < 0) reject(new SystemError('copy_file_range', koffi.errno()));
+          else resolve(Number(result));
+        },
+      );
+    });
+    if (copied === 0) throw new SystemError('copy_file_range', constants.errno.EIO);
+    done += copied;
+  }
+}
+
+const SEEK_DATA = 3;
+const SEEK_HOLE = 4;
+
+function seek(fd: number, offsetBytes: number, whence: number): number | undefined {
+  const at = Number(cLseek(fd, offsetBytes, whence));
+  if (at >= 0) return at;
+  const errno = koffi.errno();
+  if (NAMES.get(errno) === 'ENXIO') return undefined;
+  throw new SystemError('lseek', errno);
+}
+
+/** Where data is at or after `offsetBytes`: [start, end), or undefined when only a hole follows. */
+export function nextData(fd: number, offsetBytes: number): { start: number; end: number } | undefined {
+  const start = seek(fd, offsetBytes, SEEK_DATA);
+  if (start === undefined) return undefined;
+  const end = seek(fd, start, SEEK_HOLE);
+  return end === undefined ? undefined : { start, end };
+}
+
+export const MS_RDONLY = 1;
+export const MS_NOSUID = 2;
+export const MS_NODEV = 4;
+
+/** mount(2). */
+export function mount(source: string, target: string, type: string, flags: number, data: string): void {
+  checked('mount', cMount(source, target, type, flags, data));
+}
+
+export const MNT_FORCE = 1;
+export const MNT_DETACH = 2;
+
+/** umount2(2); `flags` 0 fails with EBUSY while something is open. */
+export function unmount(target: string, flags: number): void {
+  checked('umount2', cUmount2(target, flags));
+}
+
+/** umount2(2) on a thread of its own: what it writes back may have to be answered by this very process. */
+export function unmountInBackground(target: string, flags: number): Promise<void> {
+  return new Promise((resolve, reject) => {
+    cUmount2.async(target, flags, (failure: Error | null, result: number) => {
+      if (failure) reject(failure);
+      else if (result < 0) reject(new SystemError('umount2', koffi.errno()));
+      else resolve();
+    });
+  });
+}
+
+/** ioctl(2) with a pointer argument; `argument` is read and written in place. Returns the call's result. */
+export function ioctl(fd: number, request: number, argument: Uint8Array): number {
+  return checked('ioctl', cIoctl(fd, request, argument));
+}
+
+/** syncfs(2): everything of the file system that holds `fd`. */
+export function syncFileSystem(fd: number): void {
+  checked('syncfs', cSyncfs(fd));
+}
+
+/** The same without holding up the calling thread: a disk's write-back can take seconds. */
+export function syncFileSystemInBackground(fd: number): Promise<void> {
+  return new Promise((resolve, reject) => {
+    cSyncfs.async(fd, (error: unknown, result: number) => {
+      if (error) reject(error instanceof Error ? error : new Error('syncfs was not called'));
+      else if (result < 0) reject(new SystemError('syncfs', koffi.errno()));
+      else resolve();
+    });
+  });
+}
+
+export function isRoot(): boolean {
+  return cGeteuid() === 0;
+}
+
+/** Whether a process runs: a zombie that nobody has waited for yet does not. Never throws. */
+export function isRunning(pid: number): boolean {
+  try {
+    const stat = readFileSync(`/proc/${pid}/stat`, 'utf8');
+    return !['Z', 'X'].includes(stat.charAt(stat.lastIndexOf(')') + 2));
+  } catch {
+    return false;
+  }
+}
+
+/** _exit(2): ends the process and all its threads now, wherever they are blocked; nothing is written any more. */
+export function exitNow(status: number): void {
+  cExit(status);
+}

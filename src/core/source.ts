@@ -1,0 +1,63 @@
+/**
+ * The contract between everything that gives chunks: a store, a proxy's client in front of a store, a cache in
+ * front of either, several of them with failover. One suite (test/suites/chunk-source.ts) runs for each.
+ */
+import type { Digest } from './bytes.ts';
+import type { ChunkRef, StoredChunk } from './chunk.ts';
+import type { Tag } from './manifest.ts';
+import type { Purpose } from './profile.ts';
+
+/** 'demand': a guest waits for it. 'prefetch': nobody does yet; it must never delay a demand read. */
+export type Priority = 'demand' | 'prefetch';
+
+export interface ReadChunksOptions {
+  readonly priority: Priority;
+  readonly signal?: AbortSignal;
+}
+
+export interface ChunkSource {
+  /** For messages and metrics, e.g. `ssh://host/srv/store`. Never holds a secret. */
+  readonly name: string;
+
+  /** All tags, as of now. Throws unreachable/tunnel-lost/… when the source cannot say. */
+  listTags(): Promise<Tag[]>;
+
+  /** A manifest's bytes; the receiver checks them with `parseManifest`. Throws not-found. */
+  readManifest(digest: Digest): Promise<Buffer>;
+
+  /** A chunk table's plain bytes; the receiver checks them with `ChunkTable.parse`. Throws not-found. */
+  readTable(digest: Digest): Promise<Buffer>;
+
+  /**
+   * Streams the chunks asked for, each once, in any order; `deliver` gets the index into `refs`. Chunks are as
+   * stored and NOT verified: the receiver decodes with `decodeChunk`. `deliver` may keep the bytes. At most
+   * BATCH_CHUNKS_MAX refs a call. Resolves when all were delivered; rejects on the first failure
+   * (not-found, tunnel and origin errors, `closed` on abort), after which nothing more is delivered.
+   * What was delivered before stays good.
+   */
+  readChunks(
+    refs: readonly ChunkRef[],
+    options: ReadChunksOptions,
+    deliver: (index: number, chunk: StoredChunk) => void,
+  ): Promise<void>;
+
+  /**
+   * The profile's bytes, or undefined when there is none. From outside: read with `parseProfile`. A source that
+   * keeps no profiles has neither of these two.
+   */
+  readProfile?(manifest: Digest, purpose: Purpose): Promise<Buffer | undefined>;
+
+  /** Merges one recording into the profile that the source keeps. Throws denied where the source may not be
+   * written to, bad-format. */
+  recordProfile?(manifest: Digest, purpose: Purpose, recording: Buffer): Promise<void>;
+
+  /**
+   * The receiver could not decode a chunk that `readChunks` delivered; `chunk` is the very object. Called before
+   * the chunk is asked for again, so that a source over several others asks another one then. A source that has
+   * nobody else to ask may leave it out, or count.
+   */
+  reportCorrupt?(ref: ChunkRef, chunk: StoredChunk): void;
+
+  /** Ends connections and open reads (they reject with `closed`). Idempotent. */
+  close(): Promise<void>;
+}

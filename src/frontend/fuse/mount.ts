@@ -1,0 +1,337 @@
+/**
+ * Makes a mount and ends it. Nothing of a mount that fails to start stays behind: workers load first, then the
+ * mount is made, and whatever fails after that takes it down again.
+ *
+ * A mount ends in one of three ways, and `ended` tells which: unmounted by us or by anybody else; its connection
+ * aborted or a worker failed (then the dead mount is detached); or this process dies, which leaves a mount that
+ * answers ENOTCONN, for `cleanDeadMount`. A process that exits in the ordinary way takes its mounts along.
+ */
+import { closeSync, openSync, readSync, writeFileSync } from 'node:fs';
+import { checkedNumber } from '../../core/bytes.ts';
+import { asGridError, GridError } from '../../core/errors.ts';
+import type { ImageTree } from '../../core/image.ts';
+import { FUSE_REQUEST_BYTES_MAX, KIB, MIB } from '../../core/limits.ts';
+import {
+  exitNow,
+  isRoot,
+  MNT_DETACH,
+  MNT_FORCE,
+  mount,
+  MS_NODEV,
+  MS_NOSUID,
+  MS_RDONLY,
+  unmount,
+  unmountInBackground,
+} from '../../core/linux.ts';
+import { QuietPoints } from '../../core/quiet.ts';
+import { BackingFiles } from './backing.ts';
+import { DeviceWorkers } from './device.ts';
+import { checkMountpoint, findMount, findMountSync, MOUNT_TYPE } from './mountinfo.ts';
+import { encodeInitReply, REQUEST_BUFFER_BYTES } from './protocol.ts';
+import { Session } from './session.ts';
+import { detachMount, released } from './unmount.ts';
+import {
+  COUNT_FORWARDED,
+  COUNT_READ_BYTES,
+  COUNT_READS,
+  COUNT_WRITE_BYTES,
+  COUNT_WRITES,
+  send,
+} from './worker.ts';
+
+/** More than two on two cores: a worker that waits for the disk is not there for the others. */
+export const WORKERS_DEFAULT = 4;
+/** Each holds 2 MiB of buffers and a JavaScript engine. */
+const WORKERS_MAX = 64;
+
+/** The kernel's own default. More speeds up cold sequential reads and fetches chunks that nobody asked for. */
+export const READAHEAD_BYTES_DEFAULT = 128 * KIB;
+const READAHEAD_BYTES_MAX = 64 * MIB;
+
+export interface MountOptions {
+  /** What `findmnt` and `df` show as the source. */
+  readonly fsName: string;
+  /** Threads that answer reads and writes. */
+  readonly workers?: number;
+  /** Whether other users than root may use the mount, within the files' modes (images 0444, clones 0600).
+   * Default true: machines should not run as root. */
+  readonly allowOther?: boolean;
+  /** No writes, not even to clones. */
+  readonly readOnly?: boolean;
+  /** Owner of everything in the mount; default this process's own. */
+  readonly uid?: number;
+  readonly gid?: number;
+  /** Bound for the kernel's read-ahead. */
+  readonly readaheadBytes?: number;
+  /** Whether the kernel may read wholly local images by itself where it can. Default true. */
+  readonly passthrough?: boolean;
+  /** The process's quiet points, which the images below use too; default: some of its own. */
+  readonly quiet?: QuietPoints;
+  /** Gets a line for each failed request and each trouble. */
+  readonly log?: (message: string) => void;
+}
+
+export interface MountStatistics {
+  /** Reads and writes answered by the workers alone. */
+  readonly directReads: number;
+  readonly directReadBytes: number;
+  readonly directWrites: number;
+  readonly directWriteBytes: number;
+  /** Requests handed to the main thread: names, opens, reads of what is not here. */
+  readonly forwarded: number;
+  /** Reads among them, their bytes, and writes. */
+  readonly indirectReads: number;
+  readonly indirectReadBytes: number;
+  readonly indirectWrites: number;
+  /** Forwarded requests that failed for another reason than the caller's own. */
+  readonly failures: number;
+  /** Requests given up because whoever waited was killed. */
+  readonly interrupted: number;
+  /** Opens of images that the kernel reads by itself: their reads are in no count. */
+  readonly passthroughOpens: number;
+  readonly openFiles: number;
+  /** Names that the kernel remembers. */
+  readonly nodes: number;
+}
+
+export interface UnmountOptions {
+  /** Detach the mount now though it is in use; `ended` resolves when the last user is gone. */
+  readonly lazy?: boolean;
+  /** Cut off everybody who uses it (their calls fail with ENOTCONN) and detach: for the end of a daemon. */
+  readonly force?: boolean;
+}
+
+export interface MountEnd {
+  readonly reason: 'unmounted' | 'failed';
+  readonly error?: GridError;
+}
+
+export interface FuseMount {
+  /** Resolved path. */
+  readonly mountpoint: string;
+  /** Resolves when the mount, its threads, descriptors and images are gone (`lazy`: when it is detached). Throws
+   * in-use, with who uses it, and leaves the mount as it was. */
+  unmount(options?: UnmountOptions): Promise<void>;
+  /** Resolves when everything is released, whoever ended the mount. Never rejects. */
+  readonly ended: Promise<MountEnd>;
+  statistics(): MountStatistics;
+}
+
+/**
+ * The kernel driver: mounts `tree` at `mountpoint`, an empty folder. Throws unsupported (no /dev/fuse, not root, old kernel),
+ * not-found, bad-request, in-use; then nothing is mounted and nothing runs.
+ */
+export async function mountKernel(
+  tree: ImageTree,
+  mountpoint: string,
+  options: MountOptions,
+): Promise<FuseMount> {
+  if (!isRoot()) {
+    throw new GridError(
+      'unsupported',
+      `mounting at ${mountpoint} needs root: run gridvfs as root or with sudo`,
+    );
+  }
+  const workerCount = checkedNumber(options.workers ?? WORKERS_DEFAULT, 'workers', WORKERS_MAX);
+  if (workerCount === 0) throw new GridError('bad-request', 'a mount needs at least one worker');
+  const readaheadBytes = checkedNumber(
+    options.readaheadBytes ?? READAHEAD_BYTES_DEFAULT,
+    'readaheadBytes',
+    READAHEAD_BYTES_MAX,
+  );
+  const place = await checkMountpoint(mountpoint);
+  const root = await tree.lookup([]);
+  if (root?.type !== 'directory') throw new GridError('bug', 'the root of a tree is not a directory');
+  const log = options.log ?? (() => undefined);
+  const workers = await DeviceWorkers.start(workerCount, options.quiet ?? new QuietPoints(), log);
+  let backings: BackingFiles | undefined;
+  const session = new Session({
+    tree,
+    root,
+    owner: { uid: options.uid ?? process.getuid!(), gid: options.gid ?? process.getgid!() },
+    readOnly: options.readOnly ?? false,
+    log,
+    opened: (handle, map) => workers.broadcast({ kind: 'opened', handle, map }),
+    released: (handle) => workers.broadcast({ kind: 'released', handle }),
+    claim: async (image) => backings?.claim(image),
+  });
+  let sessionFd;
+  try {
+    sessionFd = openDevice();
+  } catch (error) {
+    await workers.terminate();
+    throw error;
+  }
+  let mounted = false;
+  let owned = false;
+  try {
+    attach(sessionFd, place, options);
+    mounted = true;
+    const offersPassthrough = answerInit(sessionFd, readaheadBytes);
+    if (offersPassthrough && (options.passthrough ?? true)) backings = new BackingFiles(sessionFd, log);
+    const entry = await findMount(place);
+    if (!entry) throw new GridError('local-io', `the mount at ${place} vanished while it was made`);
+    raiseReadahead(entry.device, readaheadBytes, log);
+    const result = new Mount(place, entry.id, workers, session, log);
+    owned = true;
+    result.serve(sessionFd);
+    return result;
+  } catch (error) {
+    if (mounted) unmount(place, MNT_FORCE | MNT_DETACH);
+    await workers.terminate();
+    if (owned) workers.closeDescriptors();
+    else closeSync(sessionFd);
+    throw error;
+  }
+}
+
+function openDevice(): number {
+  try {
+    return openSync('/dev/fuse', 'r+');
+  } catch (cause) {
+    throw new GridError('unsupported', `cannot open /dev/fuse: ${String(cause)}; try \`modprobe fuse\``, {
+      cause,
+    });
+  }
+}
+
+function attach(sessionFd: number, place: string, options: MountOptions): void {
+  const data = [
+    `fd=${sessionFd}`,
+    'rootmode=40000',
+    `user_id=${process.getuid!()}`,
+    `group_id=${process.getgid!()}`,
+    `max_read=${FUSE_REQUEST_BYTES_MAX}`,
+    'default_permissions',
+    ...((options.allowOther ?? true) ? ['allow_other'] : []),
+  ];
+  const flags = MS_NOSUID | MS_NODEV | (options.readOnly ? MS_RDONLY : 0);
+  try {
+    mount(options.fsName, place, MOUNT_TYPE, flags, data.join(','));
+  } catch (error) {
+    throw asGridError(error, `cannot mount at ${place}`);
+  }
+}
+
+/** The kernel queued INIT before mount(2) returned, so this read does not wait. Whether it can pass reads through. */
+function answerInit(sessionFd: number, readaheadBytes: number): boolean {
+  const request = Buffer.alloc(REQUEST_BUFFER_BYTES);
+  const length = readSync(sessionFd, request, 0, request.length, null);
+  const { reply, passthrough } = encodeInitReply(request.subarray(0, length), readaheadBytes);
+  const failure = send(sessionFd, reply, reply.length);
+  if (failure !== undefined) throw new GridError('unsupported', failure);
+  return passthrough;
+}
+
+/** INIT can only lower the kernel's default of 128 KiB; above it the mount's device has to be told. */
+function raiseReadahead(device: string, readaheadBytes: number, log: (message: string) => void): void {
+  if (readaheadBytes <= READAHEAD_BYTES_DEFAULT) return;
+  try {
+    writeFileSync(`/sys/class/bdi/${device}/read_ahead_kb`, String(Math.floor(readaheadBytes / KIB)));
+  } catch (error) {
+    log(`read-ahead stays at ${READAHEAD_BYTES_DEFAULT / KIB} KiB: ${String(error)}`);
+  }
+}
+
+/** Mounts of this process, for its end. */
+const living = new Set<Mount>();
+
+/**
+ * Node waits for its threads when it exits, and a thread in the device waits for the kernel. Where the mount lives
+ * on (detached but in use, in another mount namespace) only the end of the process ends it.
+ */
+process.on('exit', (code) => {
+  const left = [...living].map((mount) => mount.abandon());
+  if (left.includes(false)) exitNow(code);
+});
+
+/** How long the end of the process waits for its threads to leave the device: milliseconds, unless something is wrong. */
+const LEAVE_TIMEOUT_MS = 200;
+
+class Mount implements FuseMount {
+  readonly mountpoint: string;
+  readonly ended: Promise<MountEnd>;
+  readonly #mountId: number;
+  readonly #workers: DeviceWorkers;
+  readonly #session: Session;
+  readonly #log: (message: string) => void;
+  #failure: GridError | undefined;
+  #over = false;
+
+  constructor(
+    mountpoint: string,
+    mountId: number,
+    workers: DeviceWorkers,
+    session: Session,
+    log: (message: string) => void,
+  ) {
+    this.mountpoint = mountpoint;
+    this.#mountId = mountId;
+    this.#workers = workers;
+    this.#session = session;
+    this.#log = log;
+    this.ended = workers.gone.then(() => this.#finish());
+  }
+
+  serve(sessionFd: number): void {
+    this.#workers.serve(
+      sessionFd,
+      (bytes, reply) => this.#session.handle(bytes, reply),
+      (failure) => void this.#fail(failure),
+    );
+    living.add(this);
+  }
+
+  /** One thread less means requests that nobody answers: the mount ends, and `ended` says why. */
+  async #fail(failure: GridError): Promise<void> {
+    this.#failure = failure;
+    this.#log(failure.message);
+    await unmountInBackground(this.mountpoint, MNT_FORCE | MNT_DETACH).catch(() => undefined);
+  }
+
+  async #isMounted(): Promise<boolean> {
+    return (await findMount(this.mountpoint))?.id === this.#mountId;
+  }
+
+  /** After the last thread: nothing comes from the device any more. */
+  async #finish(): Promise<MountEnd> {
+    this.#over = true;
+    living.delete(this);
+    await this.#session.close();
+    this.#workers.closeDescriptors();
+    // Still mounted although the device is gone: somebody aborted the connection.
+    if (await this.#isMounted()) {
+      await unmountInBackground(this.mountpoint, MNT_DETACH).catch(() => undefined);
+      this.#failure ??= new GridError('closed', `the connection of the mount ${this.mountpoint} was aborted`);
+    }
+    return this.#failure ? { reason: 'failed', error: this.#failure } : { reason: 'unmounted' };
+  }
+
+  async unmount(options: UnmountOptions = {}): Promise<void> {
+    await detachMount(this.mountpoint, this.#mountId, options, () => this.#over);
+    if (!options.lazy || options.force) await released(this.mountpoint, this.ended);
+  }
+
+  /** At the end of the process: cuts everybody off. Whether the threads are out of the device then. */
+  abandon(): boolean {
+    try {
+      if (findMountSync(this.mountpoint)?.id === this.#mountId) {
+        unmount(this.mountpoint, MNT_FORCE | MNT_DETACH);
+      }
+    } catch {
+      // Detached before, or somebody else was faster.
+    }
+    return this.#workers.haveLeft(LEAVE_TIMEOUT_MS);
+  }
+
+  statistics(): MountStatistics {
+    return {
+      directReads: this.#workers.sum(COUNT_READS),
+      directReadBytes: this.#workers.sum(COUNT_READ_BYTES),
+      directWrites: this.#workers.sum(COUNT_WRITES),
+      directWriteBytes: this.#workers.sum(COUNT_WRITE_BYTES),
+      forwarded: this.#workers.sum(COUNT_FORWARDED),
+      ...this.#session.statistics(),
+    };
+  }
+}

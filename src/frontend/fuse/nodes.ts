@@ -1,0 +1,176 @@
+/**
+ * What the kernel was told: node ids with their lookup counts, and images that open files share.
+ *
+ * A node is one content at one path: when a tag moves, the same path gets a new node, so pages and attributes
+ * that the kernel keeps for a node stay true for ever. Ids are never used twice. Inode numbers for people
+ * (stat, ls -i) come from path and content alone, so they are the same at every mount.
+ */
+import { createHash } from 'node:crypto';
+import type { Image, TreeEntry, TreePath } from '../../core/image.ts';
+import type { Backing } from './backing.ts';
+import { Refusal, ROOT_NODE } from './protocol.ts';
+
+export interface Node {
+  readonly id: number;
+  readonly path: TreePath;
+  readonly key: string;
+  readonly ino: number;
+  /** As of the last look; type, size and content never change. */
+  entry: TreeEntry;
+  /** How often the kernel was given this id, less what it forgot. */
+  lookups: number;
+}
+
+/** Path and content: what makes two nodes, and two open images, the same. */
+export function keyOf(path: TreePath, entry: TreeEntry): string {
+  return `${path.join('/')}\0${entry.type === 'file' ? entry.contentId : ''}`;
+}
+
+/** 52 bits of SHA-256: exact as a number, and a collision only confuses tools that compare inode numbers. */
+export function inoOf(key: string): number {
+  return createHash('sha256').update(key).digest().readUIntLE(0, 6) * 16 + 2;
+}
+
+export class NodeTable {
+  readonly #byId = new Map<number, Node>();
+  readonly #byKey = new Map<string, Node>();
+  #nextId = ROOT_NODE + 1;
+
+  constructor(root: TreeEntry) {
+    const node = { id: ROOT_NODE, path: [], key: keyOf([], root), ino: 1, entry: root, lookups: 1 };
+    this.#byId.set(node.id, node);
+    this.#byKey.set(node.key, node);
+  }
+
+  get size(): number {
+    return this.#byId.size;
+  }
+
+  /** Throws ESTALE for an id that was never given out or is forgotten. */
+  get(id: number): Node {
+    const node = this.#byId.get(id);
+    if (!node) throw new Refusal('ESTALE');
+    return node;
+  }
+
+  /** The node of an entry that is about to be told to the kernel: counts one lookup. */
+  remember(path: TreePath, entry: TreeEntry): Node {
+    const key = keyOf(path, entry);
+    let node = this.#byKey.get(key);
+    if (!node) {
+      node = { id: this.#nextId++, path, key, ino: inoOf(key), entry, lookups: 0 };
+      this.#byId.set(node.id, node);
+      this.#byKey.set(key, node);
+    }
+    node.entry = entry;
+    node.lookups++;
+    return node;
+  }
+
+  /** Inode number of an entry, also of one that the kernel has no node for. */
+  inoOf(path: TreePath, entry: TreeEntry): number {
+    const key = keyOf(path, entry);
+    return this.#byKey.get(key)?.ino ?? inoOf(key);
+  }
+
+  forget(id: number, lookups: number): void {
+    const node = this.#byId.get(id);
+    if (!node || id === ROOT_NODE) return;
+    node.lookups -= lookups;
+    if (node.lookups > 0) return;
+    this.#byId.delete(id);
+    this.#byKey.delete(node.key);
+  }
+}
+
+/** An image behind any number of open files; closed when the last one is gone and nothing is in flight. */
+export interface SharedImage {
+  readonly key: string;
+  readonly image: Image;
+  /** Where the kernel reads it by itself: for all of its opens alike. */
+  readonly backing: Backing | undefined;
+  users: number;
+  inFlight: number;
+}
+
+export class ImageTable {
+  /** Opening, open, or closing; a key that is closing is opened again only after that. */
+  readonly #shares = new Map<string, { opened: Promise<SharedImage>; closed?: Promise<void> }>();
+  readonly #log: (message: string) => void;
+
+  readonly #claim: (image: Image) => Promise<Backing | undefined>;
+
+  constructor(log: (message: string) => void, claim: (image: Image) => Promise<Backing | undefined>) {
+    this.#log = log;
+    this.#claim = claim;
+  }
+
+  get size(): number {
+    return this.#shares.size;
+  }
+
+  /** The open image of `key`, by `open` when nobody has it open; equal concurrent calls share one `open`. */
+  async acquire(key: string, open: () => Promise<Image>): Promise<SharedImage> {
+    for (;;) {
+      let share = this.#shares.get(key);
+      if (share?.closed) {
+        await share.closed;
+        continue;
+      }
+      if (!share) {
+        const opened = open().then(async (image): Promise<SharedImage> => {
+          return { key, image, backing: await this.#claim(image), users: 0, inFlight: 0 };
+        });
+        share = { opened };
+        this.#shares.set(key, share);
+        const mine = share;
+        opened.catch(() => {
+          if (this.#shares.get(key) === mine) this.#shares.delete(key);
+        });
+      }
+      const image = await share.opened;
+      // Whoever waited with us may have opened and closed it meanwhile.
+      if (share.closed) continue;
+      image.users++;
+      return image;
+    }
+  }
+
+  release(shared: SharedImage): void {
+    shared.users--;
+    this.#closeWhenIdle(shared);
+  }
+
+  /** Runs an operation on the image and keeps it open for as long. */
+  async use<T>(shared: SharedImage, operation: (image: Image) => Promise<T>): Promise<T> {
+    shared.inFlight++;
+    try {
+      return await operation(shared.image);
+    } finally {
+      shared.inFlight--;
+      this.#closeWhenIdle(shared);
+    }
+  }
+
+  #closeWhenIdle(shared: SharedImage): void {
+    const share = this.#shares.get(shared.key);
+    if (shared.users > 0 || shared.inFlight > 0 || !share || share.closed) return;
+    shared.backing?.close();
+    share.closed = shared.image
+      .close()
+      .catch((error: unknown) => this.#log(`closing an image failed: ${String(error)}`))
+      .finally(() => this.#shares.delete(shared.key));
+  }
+
+  /** When no request can come any more. What is still in flight closes its image when it is done. */
+  async releaseAll(): Promise<void> {
+    const closing = [...this.#shares.values()].map(async (share) => {
+      const shared = await share.opened.catch(() => undefined);
+      if (!shared) return;
+      shared.users = 0;
+      this.#closeWhenIdle(shared);
+      await share.closed;
+    });
+    await Promise.all(closing);
+  }
+}

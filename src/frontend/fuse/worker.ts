@@ -1,0 +1,271 @@
+/**
+ * A worker thread: takes requests from its own device descriptor, answers READ and WRITE of files that lie on
+ * this host straight from their files, and hands everything else to the main thread, which answers on the same
+ * descriptor. Per request: one read(2), one pread or pwrite, one write(2); no allocation, no other thread.
+ *
+ * The thread sits in blocking system calls and never returns to its event loop, so messages to it are fetched
+ * when it meets a handle that it does not know: the main thread posts a handle before the kernel learns it.
+ * It ends when the device says ENODEV: the mount is gone.
+ */
+import { readSync, writeSync } from 'node:fs';
+import { parentPort, receiveMessageOnPort, workerData } from 'node:worker_threads';
+import { DirectFile } from '../../core/direct-io.ts';
+import { errnoOf, invariant } from '../../core/errors.ts';
+import type { DirectMap } from '../../core/image.ts';
+import { FUSE_REQUEST_BYTES_MAX } from '../../core/limits.ts';
+import { QuietThread } from '../../core/quiet.ts';
+import {
+  errnoNumberOf,
+  IN_HEADER_BYTES,
+  OUT_HEADER_BYTES,
+  READ,
+  REQUEST_BUFFER_BYTES,
+  WRITE,
+  WRITE_BODY_BYTES,
+} from './protocol.ts';
+
+export interface WorkerData {
+  /** COUNTERS doubles. */
+  readonly fuseCounters: SharedArrayBuffer;
+  /** One i32 for all workers of a mount: how many are in the device. */
+  readonly fuseRunning: SharedArrayBuffer;
+  /** Of the process's QuietPoints, with this worker's slot. */
+  readonly quietCounters: SharedArrayBuffer;
+  readonly quietSlot: number;
+}
+
+/** To a worker. `start` comes first; after it the worker reads its messages only by receiveMessageOnPort. */
+export type ToWorker =
+  | { readonly kind: 'start'; readonly fd: number }
+  | { readonly kind: 'opened'; readonly handle: number; readonly map: DirectMap | undefined }
+  | { readonly kind: 'released'; readonly handle: number };
+
+/** From a worker: bytes are a request; 'ready' before start, 'ended' last. */
+export type FromWorker =
+  | Uint8Array
+  | { readonly kind: 'ready' }
+  | { readonly kind: 'log'; readonly message: string }
+  | { readonly kind: 'ended' };
+
+/** Indexes into a worker's counters (doubles in shared memory, written by that worker alone). */
+export const COUNT_READS = 0;
+export const COUNT_READ_BYTES = 1;
+export const COUNT_WRITES = 2;
+export const COUNT_WRITE_BYTES = 3;
+export const COUNT_FORWARDED = 4;
+export const COUNTERS = 5;
+
+const PAGE = 4096;
+const WRITE_DATA_AT = IN_HEADER_BYTES + WRITE_BODY_BYTES;
+
+class Server {
+  readonly #fd: number;
+  readonly #post: (message: FromWorker, transfer?: ArrayBuffer[]) => void;
+  readonly #receive: () => ToWorker | undefined;
+  readonly #counters: Float64Array;
+  readonly #quiet: QuietThread;
+  /** Of each handle that the main thread announced; undefined where it serves the file itself. */
+  readonly #maps = new Map<number, DirectMap | undefined>();
+  readonly #files = new Map<number, DirectFile>();
+  readonly #input = Buffer.alloc(REQUEST_BUFFER_BYTES);
+  readonly #inputWords = new Uint32Array(this.#input.buffer, this.#input.byteOffset, 20);
+  readonly #output = Buffer.alloc(OUT_HEADER_BYTES + FUSE_REQUEST_BYTES_MAX);
+  readonly #outputWords = new Uint32Array(this.#output.buffer, this.#output.byteOffset, 6);
+  /** Views by length in pages, made at first use: requests of whole pages allocate nothing. */
+  readonly #targets: Buffer[] = [];
+  readonly #sources: Buffer[] = [];
+
+  constructor(
+    fd: number,
+    post: (message: FromWorker, transfer?: ArrayBuffer[]) => void,
+    receive: () => ToWorker | undefined,
+    counters: Float64Array,
+    quiet: QuietThread,
+  ) {
+    this.#fd = fd;
+    this.#post = post;
+    this.#receive = receive;
+    this.#counters = counters;
+    this.#quiet = quiet;
+  }
+
+  /** Returns when the device is gone. */
+  run(): void {
+    for (;;) {
+      const length = this.#next();
+      if (length === 0) return;
+      const opcode = this.#inputWords[1]!;
+      if (opcode === READ) {
+        if (this.#read()) continue;
+      } else if (opcode === WRITE) {
+        if (this.#write(length)) continue;
+      } else {
+        this.#drain();
+      }
+      this.#forward(length);
+    }
+  }
+
+  /** One request into the input buffer; 0 when there will be none any more. */
+  #next(): number {
+    for (;;) {
+      try {
+        const length = readSync(this.#fd, this.#input, 0, REQUEST_BUFFER_BYTES, null);
+        if (length === 0 || length >= IN_HEADER_BYTES) return length;
+      } catch (error) {
+        const errno = errnoOf(error);
+        // ENOENT: the request was given up between its announcement and this read.
+        if (errno === 'EINTR' || errno === 'EAGAIN' || errno === 'ENOENT') continue;
+        if (errno === 'ENODEV' || errno === 'ECONNABORTED') return 0;
+        throw error;
+      }
+    }
+  }
+
+  #u64(word: number): number {
+    return this.#inputWords[word]! + this.#inputWords[word + 1]! * 2 ** 32;
+  }
+
+  /** Body: u64 fh, u64 offset, u32 size, … False: the main thread has to. */
+  #read(): boolean {
+    const file = this.#file(this.#u64(10));
+    if (!file) return false;
+    const offsetBytes = this.#u64(12);
+    const wantedBytes = this.#inputWords[14]!;
+    const lengthBytes = Math.max(0, Math.min(wantedBytes, file.map.sizeBytes - offsetBytes));
+    if (lengthBytes > FUSE_REQUEST_BYTES_MAX) return false;
+    if (lengthBytes > 0) {
+      // What the states promise holds until `leave`: see src/core/quiet.ts.
+      this.#quiet.enter();
+      try {
+        if (!file.read(this.#view(this.#targets, this.#output, OUT_HEADER_BYTES, lengthBytes), offsetBytes)) {
+          return false;
+        }
+      } catch {
+        return false; // a bad spot of the disk: the image may know another way to these bytes
+      } finally {
+        this.#quiet.leave();
+      }
+    }
+    this.#counters[COUNT_READS]!++;
+    this.#counters[COUNT_READ_BYTES]! += lengthBytes;
+    this.#reply(0, OUT_HEADER_BYTES + lengthBytes);
+    return true;
+  }
+
+  /** Body: u64 fh, u64 offset, u32 size, …, data at 80. False: the main thread has to. */
+  #write(length: number): boolean {
+    const file = this.#file(this.#u64(10));
+    if (!file?.map.layer) return false;
+    const offsetBytes = this.#u64(12);
+    const lengthBytes = this.#inputWords[14]!;
+    const fits = lengthBytes <= length - WRITE_DATA_AT && offsetBytes + lengthBytes <= file.map.sizeBytes;
+    if (lengthBytes === 0 || !fits) return false;
+    this.#quiet.enter();
+    try {
+      if (!file.write(this.#view(this.#sources, this.#input, WRITE_DATA_AT, lengthBytes), offsetBytes))
+        return false;
+    } catch (error) {
+      this.#reply(errnoNumberOf(error), OUT_HEADER_BYTES);
+      return true;
+    } finally {
+      this.#quiet.leave();
+    }
+    this.#counters[COUNT_WRITES]!++;
+    this.#counters[COUNT_WRITE_BYTES]! += lengthBytes;
+    this.#outputWords[4] = lengthBytes;
+    this.#outputWords[5] = 0;
+    this.#reply(0, OUT_HEADER_BYTES + 8);
+    return true;
+  }
+
+  /** The file of a handle; undefined when it cannot be served from here. */
+  #file(handle: number): DirectFile | undefined {
+    const known = this.#files.get(handle);
+    if (known) return known;
+    if (!this.#maps.has(handle)) this.#drain();
+    const map = this.#maps.get(handle);
+    if (!map) return undefined;
+    // Now, not when it was announced: it may be closed already when this thread hears of it.
+    const file = new DirectFile(map);
+    this.#files.set(handle, file);
+    return file;
+  }
+
+  #view(views: Buffer[], buffer: Buffer, start: number, lengthBytes: number): Buffer {
+    if (lengthBytes % PAGE !== 0) return buffer.subarray(start, start + lengthBytes);
+    return (views[lengthBytes / PAGE] ??= buffer.subarray(start, start + lengthBytes));
+  }
+
+  #reply(errno: number, length: number): void {
+    const words = this.#outputWords;
+    words[0] = length;
+    words[1] = -errno;
+    words[2] = this.#inputWords[2]!;
+    words[3] = this.#inputWords[3]!;
+    const failure = send(this.#fd, this.#output, length);
+    if (failure !== undefined) this.#post({ kind: 'log', message: failure });
+  }
+
+  #forward(length: number): void {
+    this.#counters[COUNT_FORWARDED]!++;
+    const copy = new Uint8Array(length);
+    copy.set(this.#input.subarray(0, length));
+    this.#post(copy, [copy.buffer]);
+  }
+
+  #drain(): void {
+    for (let message = this.#receive(); message !== undefined; message = this.#receive()) {
+      if (message.kind === 'opened') {
+        this.#maps.set(message.handle, message.map);
+      } else if (message.kind === 'released') {
+        this.#maps.delete(message.handle);
+        this.#files.delete(message.handle);
+      }
+    }
+  }
+}
+
+/**
+ * Sends one reply. ENOENT and ENODEV mean that nobody waits for it any more. A reply that the kernel refuses is a
+ * bug of ours; the asker gets EIO instead of waiting for ever, and the caller gets a sentence for the log.
+ */
+export function send(fd: number, reply: Buffer, length: number): string | undefined {
+  try {
+    writeSync(fd, reply, 0, length, null);
+    return undefined;
+  } catch (error) {
+    const errno = errnoOf(error);
+    if (errno === 'ENOENT' || errno === 'ENODEV' || errno === 'ECONNABORTED') return undefined;
+    const isError = length === OUT_HEADER_BYTES && reply.readInt32LE(4) !== 0;
+    if (!isError) {
+      const refusal = Buffer.from(reply.subarray(0, OUT_HEADER_BYTES));
+      refusal.writeUInt32LE(OUT_HEADER_BYTES, 0);
+      refusal.writeInt32LE(-errnoNumberOf(undefined), 4);
+      send(fd, refusal, OUT_HEADER_BYTES);
+    }
+    return `the kernel refused a reply of ${length} bytes: ${String(error)}`;
+  }
+}
+
+if (parentPort && isWorkerData(workerData)) {
+  const port = parentPort;
+  const counters = new Float64Array(workerData.fuseCounters);
+  const running = new Int32Array(workerData.fuseRunning);
+  const quiet = new QuietThread(workerData.quietCounters, workerData.quietSlot);
+  const post = (message: FromWorker, transfer: ArrayBuffer[] = []) => port.postMessage(message, transfer);
+  port.once('message', (first: ToWorker) => {
+    invariant(first.kind === 'start', 'a worker is started before it is told anything else');
+    const receive = () => receiveMessageOnPort(port)?.message as ToWorker | undefined;
+    new Server(first.fd, post, receive, counters, quiet).run();
+    post({ kind: 'ended' });
+    Atomics.sub(running, 0, 1);
+    Atomics.notify(running, 0);
+    port.close();
+  });
+  post({ kind: 'ready' });
+}
+
+function isWorkerData(data: unknown): data is WorkerData {
+  return typeof data === 'object' && data !== null && 'fuseCounters' in data;
+}

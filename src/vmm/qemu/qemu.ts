@@ -1,0 +1,44 @@
+/** QEMU as a `Vmm`: finds the program, chooses the accelerator, starts machines. */
+import { GridError } from '../../core/errors.ts';
+import type { Vmm } from '../../core/machine.ts';
+import { chooseAccelerator, findProgram, type Accelerator } from './accelerator.ts';
+import { checkDescription } from './command-line.ts';
+import { killMachine, QemuMachine } from './machine.ts';
+
+export interface QemuOptions {
+  /** Name or path of the program; by default qemu-system-x86_64 from PATH. */
+  readonly binary?: string;
+  /** 'auto' (default): KVM where it really works, else TCG. */
+  readonly accelerator?: 'auto' | Accelerator;
+  /** One line per start, readiness and end. */
+  readonly log?: (line: string) => void;
+}
+
+const PROGRAM = 'qemu-system-x86_64';
+const PACKAGE = 'qemu-system-x86';
+
+export function createQemu(options: QemuOptions = {}): Vmm {
+  const binary = options.binary ?? PROGRAM;
+  const missing = `${binary} is not installed or not executable; it is in the Debian package ${PACKAGE}`;
+  return {
+    name: 'qemu',
+    async probe() {
+      if ((await findProgram(binary)) === undefined) return { usable: false, reason: missing };
+      return { usable: true, ...(await chooseAccelerator(options.accelerator ?? 'auto')) };
+    },
+    async start(description, folder) {
+      checkDescription(description);
+      const program = await findProgram(binary);
+      if (program === undefined) throw new GridError('unsupported', missing);
+      const { accelerator } = await chooseAccelerator(options.accelerator ?? 'auto');
+      return QemuMachine.start({
+        program,
+        accelerator,
+        description,
+        folder,
+        log: options.log ?? (() => undefined),
+      });
+    },
+    endLost: killMachine,
+  };
+}

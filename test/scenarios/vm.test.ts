@@ -1,0 +1,156 @@
+/** VMs over clones on the mount, through the real command, the ssh tunnel, the kernel and QEMU. */
+import assert from 'node:assert/strict';
+import { existsSync, readFileSync } from 'node:fs';
+import net from 'node:net';
+import path from 'node:path';
+import { after, before, suite, test } from 'node:test';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { buildGuest, guestCacheFolder } from '../../bench/guest/build.ts';
+import type { BuiltGuest } from '../../bench/guest/build.ts';
+import { isRunning } from '../../src/core/linux.ts';
+import { World } from './world.ts';
+import type { ServerHandle } from './world.ts';
+
+interface Vm {
+  id: string;
+  pid: number;
+  clone: string;
+  state: string;
+  consoleSocket: string;
+  consoleLog: string;
+  timeline: { clonedMs: number; startedMs: number; readyMs: number };
+}
+
+suite('VMs over clones', () => {
+  const world = new World();
+  let server: ServerHandle;
+  let guest: BuiltGuest;
+
+  before(async () => {
+    guest = await buildGuest({ guest: 'small', folder: path.join(guestCacheFolder(), 'small') });
+    assert.equal((await world.run('store', 'init', world.store)).code, 0);
+    await world.json(
+      ...[
+        'store',
+        'import',
+        world.store,
+        guest.disk,
+        'small:1',
+        '--kernel',
+        guest.kernel,
+        '--initrd',
+        guest.initrd,
+      ],
+      ...['--label', `boot.cmdline=${guest.commandLine}`, '--label', `boot.ready=${guest.readyText}`],
+      ...['--label', 'machine.memory-mib=128'],
+    );
+    server = await world.server();
+    await world.mount(server.url, server);
+  });
+  after(() => world.dispose());
+
+  test('a VM boots from a non-persistent clone, its guest answers, and the clone goes with it', async () => {
+    const vm = await world.json<Vm>('vm', 'run', 'small:1', '--name', 'one');
+    assert.equal(vm.state, 'running');
+    assert.ok(vm.timeline.clonedMs <= vm.timeline.startedMs && vm.timeline.startedMs < vm.timeline.readyMs);
+    assert.equal(await ask(vm.consoleSocket, 'ping 4711', /pong \d+(?=\r?\n)/), 'pong 4711');
+    const [listed] = await world.json<Vm[]>('vm', 'ls');
+    assert.equal(listed?.id, 'one');
+    await world.refuses(1, /open/, 'clone', 'rm', vm.clone);
+    await world.refuses(1, /1 VM/, 'umount', world.mountpoint);
+    await world.json('vm', 'stop', 'one');
+    assert.deepEqual(await world.json('vm', 'ls'), []);
+    assert.equal(isRunning(vm.pid), false);
+    await eventually(async () => (await world.json<unknown[]>('clone', 'ls')).length === 0);
+    assert.equal(existsSync(path.join(world.folder, 'state', 'clones', vm.clone)), false);
+  });
+
+  test('two VMs of one image run side by side, and the second fetches nothing', async () => {
+    const fetched = async () =>
+      (await world.json<{ cache: { fetchedChunks: number } }>('proxy', 'status')).cache.fetchedChunks;
+    const before = await fetched();
+    const vms = await Promise.all(
+      ['a', 'b'].map((name) => world.json<Vm>('vm', 'run', 'small:1', '--name', name)),
+    );
+    assert.equal(await fetched(), before);
+    assert.notEqual(vms[0]!.clone, vms[1]!.clone);
+    await world.json('vm', 'stop', 'a', 'b', '--now');
+  });
+
+  test('the file system of a clone whose VM was killed is clean or replays its journal', async () => {
+    const { disk } = await world.json<{ disk: string }>(
+      'clone',
+      'create',
+      'small:1',
+      '--name',
+      'kept',
+      '--persistent',
+    );
+    for (let round = 0; round < 3; round++) {
+      const vm = await world.json<Vm>('vm', 'run', '--clone', 'kept', '--name', 'victim');
+      await sleep(300 * round);
+      process.kill(vm.pid, 'SIGKILL');
+      await eventually(async () => {
+        const listed = await world.json<Vm[]>('vm', 'ls');
+        return listed.every((one) => one.state === 'failed');
+      });
+      const copy = path.join(world.folder, 'copy.raw');
+      await world.succeeds('cp', '--sparse=always', disk, copy);
+      // -p replays the journal and repairs what is safe; 1 is "errors corrected", 4 and up are real damage.
+      const check = await world.program('e2fsck', '-p', '-f', copy);
+      assert.ok(
+        check.code === 0 || check.code === 1,
+        `e2fsck said ${check.code}: ${check.stdout}${check.stderr}`,
+      );
+      assert.doesNotMatch(check.stdout, /UNEXPECTED INCONSISTENCY/);
+    }
+    await world.json('clone', 'rm', 'kept');
+  });
+
+  test('a proxy that was killed leaves no VM behind once the next one has started', async () => {
+    const { pid } = await world.json<{ pid: number }>('proxy', 'status');
+    const vm = await world.json<Vm>('vm', 'run', 'small:1', '--name', 'orphan');
+    process.kill(pid, 'SIGKILL');
+    await eventually(async () => !isRunning(pid));
+    await world.mount(server.url, server);
+    assert.equal(isRunning(vm.pid), false);
+    assert.deepEqual(await world.json('clone', 'ls'), []);
+    assert.match(readFileSync(path.join(world.folder, 'state', 'proxy.log'), 'utf8'), /orphan .*ended/);
+  });
+
+  test('umount --force stops what runs', async () => {
+    const vm = await world.json<Vm>('vm', 'run', 'small:1');
+    await world.json('umount', world.mountpoint, '--force');
+    assert.equal(isRunning(vm.pid), false);
+    assert.deepEqual(world.mountsLeft(), []);
+  });
+});
+
+/** Says a line on a serial console and waits for the answer. */
+function ask(socketPath: string, line: string, answer: RegExp): Promise<string> {
+  return new Promise((resolve, reject) => {
+    const socket = net.connect(socketPath);
+    let text = '';
+    const timer = setTimeout(
+      () => socket.destroy(new Error(`no answer to '${line}', only: ${text}`)),
+      20_000,
+    );
+    socket.on('connect', () => socket.write(`${line}\n`));
+    socket.on('data', (part) => {
+      text += part.toString('utf8');
+      const match = answer.exec(text);
+      if (match) {
+        socket.end();
+        resolve(match[0]);
+      }
+    });
+    socket.on('error', reject);
+    socket.on('close', () => clearTimeout(timer));
+  });
+}
+
+async function eventually(condition: () => Promise<boolean>): Promise<void> {
+  for (const endMs = performance.now() + 15_000; !(await condition()); await sleep(50)) {
+    assert.ok(performance.now() < endMs, `not within 15 s: ${condition.toString()}`);
+  }
+}

@@ -1,0 +1,187 @@
+/**
+ * A host and an image server on this machine, for tests that go through the real command: a temp folder with a
+ * store, keys, and everything that a proxy keeps, all of it removed at the end. Operations on a mount are done by
+ * child processes, never by the test's own thread.
+ */
+import assert from 'node:assert/strict';
+import { spawn, spawnSync } from 'node:child_process';
+import type { ChildProcess } from 'node:child_process';
+import {
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  writeFileSync,
+} from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
+import { createInterface } from 'node:readline';
+import ssh2 from 'ssh2';
+
+const ROOT = path.resolve(import.meta.dirname, '..', '..');
+const MAIN = path.join(ROOT, 'src', 'main.ts');
+
+export interface Outcome {
+  readonly code: number | null;
+  readonly stdout: string;
+  readonly stderr: string;
+}
+
+export interface ServerHandle {
+  readonly url: string;
+  readonly fingerprint: string;
+  stop(): Promise<void>;
+}
+
+export class World {
+  readonly folder = mkdtempSync(path.join(os.tmpdir(), 'gridvfs-world-'));
+  readonly store = path.join(this.folder, 'store');
+  readonly mountpoint = path.join(this.folder, 'mnt');
+  readonly identity = path.join(this.folder, 'id_ed25519');
+  readonly authorizedKeys = path.join(this.folder, 'authorized_keys');
+  readonly environment: NodeJS.ProcessEnv;
+  readonly #services: ChildProcess[] = [];
+
+  constructor() {
+    mkdirSync(this.mountpoint);
+    const keys = ssh2.utils.generateKeyPairSync('ed25519');
+    writeFileSync(this.identity, keys.private, { mode: 0o600 });
+    writeFileSync(this.authorizedKeys, keys.public + '\n');
+    this.environment = { ...process.env, GRIDVFS_RUNTIME_DIR: path.join(this.folder, 'run') };
+  }
+
+  /** Runs `gridvfs …` to its end. */
+  run(...args: string[]): Promise<Outcome> {
+    return this.program(process.execPath, MAIN, ...args);
+  }
+
+  /** Runs `gridvfs … --json`, expects success, and gives its JSON. */
+  async json<T = Record<string, unknown>>(...args: string[]): Promise<T> {
+    const outcome = await this.run(...args, '--json');
+    assert.equal(outcome.code, 0, `gridvfs ${args.join(' ')}: ${outcome.stderr}`);
+    return JSON.parse(outcome.stdout) as T;
+  }
+
+  /** Expects `gridvfs …` to fail with one clear line that matches. */
+  async refuses(code: 1 | 2, message: RegExp, ...args: string[]): Promise<void> {
+    const outcome = await this.run(...args);
+    const lines = outcome.stderr.trimEnd().split('\n');
+    assert.equal(outcome.code, code, `gridvfs ${args.join(' ')} said: ${outcome.stderr}${outcome.stdout}`);
+    assert.match(outcome.stderr, message);
+    assert.equal(lines.length, 1, `more than one line: ${outcome.stderr}`);
+  }
+
+  /** Any program, to its end, without blocking this process. */
+  async program(file: string, ...args: string[]): Promise<Outcome> {
+    const child = spawn(file, args, { stdio: ['ignore', 'pipe', 'pipe'], env: this.environment });
+    let stdout = '';
+    let stderr = '';
+    child.stdout.on('data', (part: Buffer) => (stdout += part.toString('utf8')));
+    child.stderr.on('data', (part: Buffer) => (stderr += part.toString('utf8')));
+    const code = await new Promise<number | null>((resolve, reject) => {
+      child.on('error', reject);
+      child.on('close', resolve);
+    });
+    return { code, stdout, stderr };
+  }
+
+  async succeeds(file: string, ...args: string[]): Promise<string> {
+    const outcome = await this.program(file, ...args);
+    assert.equal(outcome.code, 0, `${file} ${args.join(' ')}: ${outcome.stderr}${outcome.stdout}`);
+    return outcome.stdout;
+  }
+
+  /** `gridvfs server` with the ssh endpoint on a free loopback port. */
+  async server(): Promise<ServerHandle> {
+    const child = spawn(
+      process.execPath,
+      [
+        ...[MAIN, 'server', this.store, '--ssh', '127.0.0.1:0', '--authorized-keys', this.authorizedKeys],
+        ...['--host-key', path.join(this.folder, 'host_key'), '--json'],
+      ],
+      { stdio: ['ignore', 'pipe', 'inherit'], env: this.environment },
+    );
+    this.#services.push(child);
+    const ended = new Promise<void>((resolve) => child.once('exit', () => resolve()));
+    const line = await Promise.race([
+      new Promise<string>((resolve) => createInterface({ input: child.stdout }).once('line', resolve)),
+      ended.then(() => assert.fail('the server ended before it was ready')),
+    ]);
+    const ready = JSON.parse(line) as { ssh: string; fingerprint: string };
+    return {
+      url: ready.ssh.replace('ssh://', 'ssh://grid@'),
+      fingerprint: ready.fingerprint,
+      async stop() {
+        child.kill('SIGTERM');
+        await ended;
+      },
+    };
+  }
+
+  /** Options that let this world's proxies in at `server`, and keep their files in this world. */
+  proxyOptions(server?: ServerHandle): string[] {
+    return [
+      ...[
+        '--name',
+        'world',
+        '--cache-dir',
+        path.join(this.folder, 'cache'),
+        '--state-dir',
+        path.join(this.folder, 'state'),
+      ],
+      ...['--identity', this.identity],
+      ...(server === undefined ? [] : ['--host-key', server.fingerprint]),
+    ];
+  }
+
+  /** `gridvfs mount`, at this world's mount point unless another is given. */
+  mount(
+    source: string,
+    server?: ServerHandle,
+  ): Promise<{ pid: number; runtime: string; mountpoint: string }> {
+    return this.json('mount', source, this.mountpoint, ...this.proxyOptions(server));
+  }
+
+  dropPageCache(): void {
+    spawnSync('sync');
+    writeFileSync('/proc/sys/vm/drop_caches', '3');
+  }
+
+  mountsLeft(): string[] {
+    return readFileSync('/proc/self/mountinfo', 'utf8')
+      .split('\n')
+      .filter((line) => line.includes(this.folder));
+  }
+
+  /** Processes with this world's folder in their command line. */
+  processesLeft(): string[] {
+    return readdirSync('/proc')
+      .filter((name) => /^\d+$/.test(name) && Number(name) !== process.pid)
+      .flatMap((pid) => {
+        try {
+          const line = readFileSync(`/proc/${pid}/cmdline`, 'utf8').replaceAll('\0', ' ');
+          return line.includes(this.folder) ? [`${pid}: ${line}`] : [];
+        } catch {
+          return [];
+        }
+      });
+  }
+
+  /** Ends everything, and fails when something was still there that should not have been. */
+  async dispose(): Promise<void> {
+    if (existsSync(this.mountpoint) && this.mountsLeft().length > 0)
+      await this.run('umount', this.mountpoint, '--force');
+    for (const child of this.#services) {
+      if (child.exitCode !== null || child.signalCode !== null) continue;
+      const ended = new Promise<void>((resolve) => child.once('exit', () => resolve()));
+      child.kill('SIGTERM');
+      await ended;
+    }
+    const mounts = this.mountsLeft();
+    const processes = this.processesLeft();
+    if (mounts.length === 0) rmSync(this.folder, { recursive: true, force: true });
+    assert.deepEqual({ mounts, processes }, { mounts: [], processes: [] });
+  }
+}

@@ -1,0 +1,318 @@
+/**
+ * The conformance suite of `Vmm`: real guests, booted from a copy-on-write overlay of the small guest's disk. What
+ * it checks of the guest needs only a Linux with a root shell on the first serial console.
+ */
+import assert from 'node:assert/strict';
+import { execFileSync } from 'node:child_process';
+import { randomBytes } from 'node:crypto';
+import {
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  statSync,
+  writeFileSync,
+} from 'node:fs';
+import type { Socket } from 'node:net';
+import os from 'node:os';
+import path from 'node:path';
+import { after, before, describe, test } from 'node:test';
+import type { BuiltGuest } from '../../bench/guest/build.ts';
+import { GridError, type ErrorCode } from '../../src/core/errors.ts';
+import { MIB } from '../../src/core/limits.ts';
+import type { Machine, MachineDescription, Vmm } from '../../src/core/machine.ts';
+import { connectSocket } from '../../src/vmm/index.ts';
+
+/** Generous: an emulated guest on a busy machine with two cores. It boots in about 3 s. */
+const READY_MS = 60_000;
+
+const isAlive = (pid: number) => {
+  // A process that has ended and is not yet waited for still has its folder in /proc.
+  const stat = existsSync(`/proc/${pid}/stat`) ? readFileSync(`/proc/${pid}/stat`, 'utf8') : ') Z';
+  return !/\) Z/.test(stat);
+};
+
+export function failsWith(code: ErrorCode, text: RegExp) {
+  return (error: unknown) => {
+    assert.ok(error instanceof GridError, String(error));
+    assert.equal(error.code, code, error.message);
+    assert.match(error.message, text);
+    return true;
+  };
+}
+
+/** The root shell on a machine's console. */
+class Shell {
+  readonly #socket: Socket;
+  #text = '';
+
+  private constructor(socket: Socket) {
+    this.#socket = socket;
+    socket.on('data', (bytes: Buffer) => (this.#text += bytes.toString()));
+    socket.on('error', () => undefined);
+  }
+
+  static async open(machine: Machine): Promise<Shell> {
+    return new Shell(await connectSocket(machine.consoleSocket));
+  }
+
+  send(line: string): void {
+    this.#socket.write(line + '\n');
+  }
+
+  /** What the console says after `line` was typed, up to the first match. The shell may not listen yet: again. */
+  async ask(line: string, answer: RegExp): Promise<string> {
+    this.#text = '';
+    const deadlineMs = performance.now() + 20_000;
+    for (let turn = 0; performance.now() < deadlineMs; turn++) {
+      if (turn % 100 === 0) this.send(line);
+      const match = answer.exec(this.#text);
+      if (match !== null) return match[1] ?? match[0];
+      await new Promise((resolve) => setTimeout(resolve, 20));
+    }
+    throw new Error(`no answer to ${line}; the console said ${JSON.stringify(this.#text.slice(-500))}`);
+  }
+
+  close(): void {
+    this.#socket.destroy();
+  }
+}
+
+export function vmmSuite(name: string, vmm: Vmm, guestOf: () => Promise<BuiltGuest>): void {
+  describe(`${name} as a Vmm`, () => {
+    const temporary = mkdtempSync(path.join(os.tmpdir(), 'gridvfs-vmm-'));
+    const machines: Machine[] = [];
+    let guest: BuiltGuest;
+    let folders = 0;
+
+    before(async () => {
+      guest = await guestOf();
+    });
+    after(async () => {
+      for (const machine of machines) await machine.stop(0);
+      rmSync(temporary, { recursive: true, force: true });
+    });
+
+    const newFolder = (folderName = `machine-${++folders}`) => {
+      const folder = path.join(temporary, folderName);
+      mkdirSync(folder);
+      return folder;
+    };
+    const newOverlay = (fileName = `overlay-${++folders}.qcow2`) => {
+      const overlay = path.join(temporary, fileName);
+      execFileSync('qemu-img', ['create', '-q', '-f', 'qcow2', '-F', 'raw', '-b', guest.disk, overlay]);
+      return overlay;
+    };
+    const describeMachine = (
+      disk: string,
+      changes: Partial<MachineDescription> = {},
+    ): MachineDescription => ({
+      name: 'suite, guest',
+      vcpus: 1,
+      memoryBytes: guest.memoryBytes,
+      disks: [{ path: disk, format: 'qcow2', readOnly: false }],
+      boot: { kernel: guest.kernel, initrd: guest.initrd, commandLine: guest.commandLine },
+      macAddress: '52:54:00:00:00:01',
+      network: 'user',
+      readyText: guest.readyText,
+      ...changes,
+    });
+    const start = async (description: MachineDescription, folder: string) => {
+      const machine = await vmm.start(description, folder);
+      machines.push(machine);
+      return machine;
+    };
+    /** Logs stay; the process and the sockets are gone. */
+    const assertNothingLeft = (folder: string, pid: number) => {
+      assert.ok(!isAlive(pid), `process ${pid} still runs`);
+      const left = readdirSync(folder).filter((file) => !file.endsWith('.log'));
+      assert.deepEqual(left, []);
+    };
+    const pidOf = (machine: Machine) => {
+      const { pid } = machine.status();
+      assert.ok(pid !== undefined && isAlive(pid));
+      return pid;
+    };
+
+    test('probe says that this host can run it, with which accelerator and why', async () => {
+      const probe = await vmm.probe();
+      assert.equal(probe.usable, true);
+      assert.ok(probe.accelerator !== undefined && probe.reason !== undefined && probe.reason !== '');
+    });
+
+    test('a guest boots, answers, and what it synced survives when its process is killed', async () => {
+      const nonce = randomBytes(8).toString('hex');
+      const overlay = newOverlay('over,lay = 1.qcow2');
+      const folder = newFolder();
+      const machine = await start(describeMachine(overlay), folder);
+      assert.equal(machine.status().state, 'starting');
+      await assert.rejects(vmm.start(describeMachine(overlay), folder), failsWith('in-use', /still runs in/));
+      const pid = pidOf(machine);
+      await machine.ready(READY_MS);
+      await machine.ready(0);
+      const { state, startedMs, readyMs, accelerator } = machine.status();
+      assert.equal(state, 'running');
+      assert.ok(startedMs! > 0 && readyMs! > startedMs!, `${startedMs} ${readyMs}`);
+      assert.ok(accelerator !== undefined);
+      assert.ok(readFileSync(machine.consoleLog, 'utf8').includes(guest.readyText));
+
+      const shell = await Shell.open(machine);
+      assert.equal(await shell.ask(`ping ${nonce}`, /pong (\w+)/), nonce);
+      await shell.ask(`echo ${nonce} > /root/nonce && sync && echo done-$((6*7))`, /done-42/);
+      shell.close();
+      process.kill(pid, 'SIGKILL');
+      const end = await machine.ended;
+      assert.equal(end.state, 'failed');
+      assert.match(end.reason!, /SIGKILL/);
+      assert.equal(end.pid, undefined);
+      assertNothingLeft(folder, pid);
+
+      const again = await start(describeMachine(overlay), newFolder('long-'.repeat(40)));
+      await again.ready(READY_MS);
+      const second = await Shell.open(again);
+      assert.equal(await second.ask('cat /root/nonce', /^([0-9a-f]{16})\r?$/m), nonce);
+      second.close();
+      const secondPid = pidOf(again);
+      await again.stop(30_000);
+      const { state: endState, reason } = await again.ended;
+      assert.deepEqual({ endState, reason }, { endState: 'stopped', reason: undefined });
+      assert.match(readFileSync(again.consoleLog, 'utf8'), /Power down/, 'the guest shut itself down');
+      assertNothingLeft(path.dirname(again.consoleLog), secondPid);
+      await again.stop(0);
+    });
+
+    test('a guest that powers down by itself is stopped, not failed', async () => {
+      const folder = newFolder();
+      const machine = await start(describeMachine(newOverlay(), { network: 'none' }), folder);
+      const pid = pidOf(machine);
+      await machine.ready(READY_MS);
+      const shell = await Shell.open(machine);
+      await shell.ask('ping awake', /pong awake/);
+      shell.send('poweroff -f');
+      const { state, reason } = await machine.ended;
+      shell.close();
+      assert.deepEqual({ state, reason }, { state: 'stopped', reason: undefined });
+      assertNothingLeft(folder, pid);
+    });
+
+    test('stop without grace ends a booting guest at once, and who waits for it is told', async () => {
+      const folder = newFolder();
+      const machine = await start(describeMachine(newOverlay()), folder);
+      const pid = pidOf(machine);
+      const waiting = assert.rejects(machine.ready(READY_MS), failsWith('vm-failed', /before it was ready/));
+      const startMs = performance.now();
+      await machine.stop(0);
+      assert.ok(performance.now() - startMs < 10_000);
+      await waiting;
+      assert.equal((await machine.ended).state, 'stopped');
+      assertNothingLeft(folder, pid);
+    });
+
+    test('stop without grace overtakes a stop that still waits for the guest', async () => {
+      const folder = newFolder();
+      const machine = await start(describeMachine(newOverlay(), { readyText: 'x' }), folder);
+      const patient = machine.stop(60_000);
+      const startMs = performance.now();
+      await Promise.all([machine.stop(0), patient]);
+      assert.ok(performance.now() - startMs < 10_000);
+      assertNothingLeft(folder, 0);
+    });
+
+    test('a guest that does not get ready in time is a timeout with the console’s last words', async () => {
+      const folder = newFolder();
+      const boot = { kernel: guest.kernel, initrd: guest.initrd, commandLine: 'console=ttyS0' };
+      const machine = await start(describeMachine(newOverlay(), { boot, readyText: 'never said' }), folder);
+      const pid = pidOf(machine);
+      while (!/\[ +\d+\.\d+\]/.test(readFileSync(machine.consoleLog, 'utf8'))) {
+        await new Promise((resolve) => setTimeout(resolve, 50));
+      }
+      await assert.rejects(
+        machine.ready(200),
+        failsWith('timeout', /did not say "never said" within 200 ms; .*last words: .*\[ +\d+\.\d+\]/),
+      );
+      assert.equal(machine.status().state, 'starting');
+      await machine.stop(0);
+      assertNothingLeft(folder, pid);
+    });
+
+    test('a kernel panic is noticed at once', async () => {
+      const folder = newFolder();
+      const boot = { kernel: guest.kernel, commandLine: 'console=ttyS0 root=/dev/none' };
+      const machine = await start(describeMachine(newOverlay(), { boot }), folder);
+      const startMs = performance.now();
+      await assert.rejects(
+        machine.ready(READY_MS),
+        failsWith('vm-failed', /gave up: Kernel panic - not syncing: VFS/),
+      );
+      assert.ok(performance.now() - startMs < READY_MS / 2);
+      await machine.stop(0);
+    });
+
+    test('a disk that is not there is vm-failed with the reason, and leaves nothing', async () => {
+      const folder = newFolder();
+      await assert.rejects(
+        vmm.start(describeMachine('/nowhere/disk.qcow2'), folder),
+        failsWith('vm-failed', /suite, guest[^{]*'\/nowhere\/disk\.qcow2': No such file or directory/),
+      );
+      assert.deepEqual(
+        readdirSync(folder).filter((file) => !file.endsWith('.log')),
+        [],
+      );
+    });
+
+    test('a raw image declared as qcow2 is refused, not guessed at', async () => {
+      const raw = path.join(temporary, 'plain.raw');
+      writeFileSync(raw, Buffer.alloc(64 * 1024));
+      await assert.rejects(
+        vmm.start(describeMachine(raw), newFolder()),
+        failsWith('vm-failed', /qcow2 format/),
+      );
+    });
+
+    test('a disk that another machine writes to is refused, and the reason names it', async () => {
+      const overlay = newOverlay();
+      const first = await start(describeMachine(overlay, { readyText: 'x' }), newFolder());
+      await assert.rejects(
+        vmm.start(describeMachine(overlay), newFolder()),
+        failsWith('vm-failed', /lock.*another process using the image \[.*overlay/),
+      );
+      await first.stop(0);
+    });
+
+    test('a malformed description is refused at the door', async () => {
+      const good = describeMachine('/disk');
+      const bad: [Partial<MachineDescription>, RegExp][] = [
+        [{ name: '' }, /name/],
+        [{ name: 'a\nb' }, /name/],
+        [{ vcpus: 0 }, /vcpus/],
+        [{ vcpus: 1.5 }, /vcpus/],
+        [{ memoryBytes: 1 * MIB }, /memory/],
+        [{ memoryBytes: 64 * MIB + 1 }, /memory/],
+        [{ disks: [{ path: 'relative', format: 'raw', readOnly: false }] }, /absolute/],
+        [{ disks: [{ path: '/disk', format: 'vmdk' as 'raw', readOnly: false }] }, /vmdk/],
+        [{ macAddress: '01:00:00:00:00:01' }, /MAC/],
+        [{ macAddress: '52:54:00,x=y' }, /MAC/],
+        [{ network: 'tap' as 'none' }, /network/],
+        [{ readyText: '' }, /readyText/],
+        [{ boot: { kernel: 'vmlinuz', commandLine: '' } }, /absolute/],
+        [{ boot: { kernel: '/vmlinuz', commandLine: 'x'.repeat(4000) } }, /command line/],
+      ];
+      const folder = newFolder();
+      for (const [change, text] of bad) {
+        await assert.rejects(vmm.start({ ...good, ...change }, folder), failsWith('bad-request', text));
+      }
+      assert.deepEqual(readdirSync(folder), []);
+      await assert.rejects(vmm.start(good, '/nowhere/at/all'), failsWith('not-found', /\/nowhere/));
+    });
+
+    test('a machine’s logs are for their owner only', async () => {
+      const folder = newFolder();
+      const machine = await start(describeMachine(newOverlay()), folder);
+      await assert.rejects(machine.stop(-1), failsWith('bad-request', /graceMs/));
+      assert.equal(statSync(machine.consoleLog).mode & 0o077, 0);
+      await machine.stop(0);
+    });
+  });
+}
