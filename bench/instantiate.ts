@@ -19,7 +19,7 @@ import os from 'node:os';
 import path from 'node:path';
 import { execFile } from 'node:child_process';
 import { promisify, parseArgs } from 'node:util';
-import ssh2 from 'ssh2';
+import { makeSshKey } from '../proxy/ssh-key.ts';
 import { ControlClient } from '../src/agent/client.ts';
 import type { VmStatus } from '../src/agent/machines.ts';
 import { bytesText, table } from '../src/cli/kit.ts';
@@ -147,7 +147,7 @@ async function prepare(
     `import: ${imported.chunks} chunks, ${bytesText(imported.newStoredBytes)} compressed, in ${((performance.now() - startedMs) / 1000).toFixed(1)} s`,
   );
 
-  const keys = ssh2.utils.generateKeyPairSync('ed25519');
+  const keys = makeSshKey();
   const identity = path.join(folder, 'id_ed25519');
   await writeFile(identity, keys.private, { mode: 0o600 });
   const authorizedKeys = path.join(folder, 'authorized_keys');

@@ -9,7 +9,7 @@ import { mkdir, mkdtemp, rm, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import { createInterface } from 'node:readline';
 import { setTimeout as sleep } from 'node:timers/promises';
-import ssh2 from 'ssh2';
+import { makeSshKey } from '../proxy/ssh-key.ts';
 import { ControlClient } from '../src/agent/client.ts';
 import { bytesText } from '../src/cli/kit.ts';
 import { sha256 } from '../src/core/bytes.ts';
@@ -117,7 +117,7 @@ export async function prepareScene(
   const compressedDisk = path.join(folder, 'disk.raw.zst');
   await runProgram(['zstd', '-q', '-3', '-T0', guest.disk, '-o', compressedDisk], signal);
 
-  const keys = ssh2.utils.generateKeyPairSync('ed25519');
+  const keys = makeSshKey();
   const identity = path.join(folder, 'id_ed25519');
   await writeFile(identity, keys.private, { mode: 0o600 });
   const authorizedKeys = path.join(folder, 'authorized_keys');

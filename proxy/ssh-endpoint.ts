@@ -19,6 +19,7 @@ import type { AuthorizedKey } from './authorized-keys.ts';
 import { fingerprintOf } from './known-hosts.ts';
 import { SOFTWARE } from './protocol.ts';
 import { listenOn } from './server.ts';
+import { makeSshKey } from './ssh-key.ts';
 import type { ProxyServer } from './server.ts';
 import { StreamSocket } from './stream-socket.ts';
 import { parseTunnelCommand } from './tunnel-command.ts';
@@ -264,7 +265,7 @@ function loadHostKey(file: string): Buffer {
     }
     mkdirSync(path.dirname(file), { recursive: true, mode: 0o700 });
     const temp = `${file}.${process.pid}.tmp`;
-    const { private: text } = ssh2.utils.generateKeyPairSync('ed25519', { comment: 'gridvfs' });
+    const { private: text } = makeSshKey('gridvfs');
     writeFileSync(temp, text, { mode: 0o600, flag: 'wx' });
     try {
       chmodSync(temp, 0o600);

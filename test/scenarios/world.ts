@@ -18,7 +18,7 @@ import {
 import os from 'node:os';
 import path from 'node:path';
 import { createInterface } from 'node:readline';
-import ssh2 from 'ssh2';
+import { makeSshKey } from '../../proxy/ssh-key.ts';
 
 const ROOT = path.resolve(import.meta.dirname, '..', '..');
 const MAIN = path.join(ROOT, 'src', 'main.ts');
@@ -46,7 +46,7 @@ export class World {
 
   constructor() {
     mkdirSync(this.mountpoint);
-    const keys = ssh2.utils.generateKeyPairSync('ed25519');
+    const keys = makeSshKey();
     writeFileSync(this.identity, keys.private, { mode: 0o600 });
     writeFileSync(this.authorizedKeys, keys.public + '\n');
     this.environment = { ...process.env, GRIDVFS_RUNTIME_DIR: path.join(this.folder, 'run') };
