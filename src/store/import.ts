@@ -50,8 +50,9 @@ const BATCH_OBJECTS = 4096;
 /** Below this much data the start of threads takes longer than the work. */
 const INLINE_BYTES_MAX = 8 * MIB;
 const SECTOR_BYTES = 512;
-/** What a garbage collection took from under an import is stored by the next pass and then stays, so the second one
- * succeeds; a third is for a clock that jumps. */
+/** What a garbage collection took from under an import is stored by the next pass and then stays; what that pass
+ * finds is renewed and stays too, but for one that is being removed at that very moment. So the second pass
+ * succeeds; the others are for such moments and a clock that jumps. */
 const PASSES_MAX = 4;
 
 export interface ImportPart {
@@ -160,6 +161,8 @@ async function checkedOptions(store: Store, options: ImportOptions): Promise<Che
   return { ...options, kind, chunkBytes };
 }
 
+const renewing = (job: PackJob): PackJob => ({ ...job, renew: true });
+
 class ImportRun {
   readonly #store: Store;
   readonly #options: CheckedOptions;
@@ -194,7 +197,7 @@ class ImportRun {
       this.#checkAborted();
       this.#writer = await Writer.begin(this.#store.layout);
       await this.#convert(image);
-      const units = new Map(this.#sources.map((source) => [source, this.#unitsOf(source)]));
+      let units = new Map(this.#sources.map((source) => [source, this.#unitsOf(source)]));
       for (const jobs of units.values()) for (const job of jobs) this.#totalBytes += job.lengthBytes;
       this.#lanes = new Lanes(this.#totalBytes > INLINE_BYTES_MAX);
 
@@ -224,6 +227,7 @@ class ImportRun {
             `garbage collections of the store ${this.#store.name} removed what the import of ${this.#options.path} had found there, ${pass} times: import it when none runs`,
           );
         }
+        units = new Map([...units].map(([source, jobs]) => [source, jobs.map(renewing)]));
       }
     } catch (error) {
       // Whatever stopped first: what the caller did is the reason.

@@ -2,7 +2,7 @@
  * What the lanes do (lanes.ts): plain functions over whole units of work with synchronous system calls, run in a
  * worker thread or, for small stores, in the caller's. Inputs and outputs are plain data that can be posted.
  */
-import { readFileSync, readSync, statSync } from 'node:fs';
+import { readFileSync, readSync, statSync, utimesSync } from 'node:fs';
 import { isAllZero, sha256 } from '../core/bytes.ts';
 import type { Digest } from '../core/bytes.ts';
 import { compress, decodeChunk, decompress } from '../core/chunk.ts';
@@ -36,6 +36,8 @@ export interface PackJob {
   readonly firstChunk: number;
   /** Plain bytes to pack, from firstChunk × chunkBytes. */
   readonly lengthBytes: number;
+  /** Chunks that are there already get the time of now, so that no garbage collection takes them for old. */
+  readonly renew?: boolean;
 }
 
 /** Chunks of this store from which the blocks that `plain` does not have are taken. */
@@ -115,9 +117,15 @@ function pack(job: PackJob): PackedChunk[] {
     if (isAllZero(chunk)) continue;
     const index = job.firstChunk + at / job.chunkBytes;
     const digest = sha256(chunk);
-    const there = statSync(layout.object('chunks', digest), { throwIfNoEntry: false });
+    const object = layout.object('chunks', digest);
+    const there = statSync(object, { throwIfNoEntry: false });
     // A length that no chunk of its size has is damage, which writing it again heals.
-    if (there && there.size > 0 && there.size <= chunk.length + STORED_OVERHEAD_BYTES_MAX) {
+    if (
+      there &&
+      there.size > 0 &&
+      there.size <= chunk.length + STORED_OVERHEAD_BYTES_MAX &&
+      (!job.renew || renewed(object))
+    ) {
       packed.push({ index, digest, storedBytes: there.size, isNew: false });
       continue;
     }
@@ -144,6 +152,19 @@ function completeFrom(below: PackBelow, plain: Uint8Array, { chunkBytes, storeFo
       // A chunk that ends the parent may be shorter; what lies beyond it is zeros.
       plain.set(chunk.subarray(block * blockBytes, (block + 1) * blockBytes), start + block * blockBytes);
     }
+  }
+}
+
+/** False when the object has gone meanwhile. One that belongs to another user stays as old as it is. */
+function renewed(object: string): boolean {
+  const now = new Date();
+  try {
+    utimesSync(object, now, now);
+    return true;
+  } catch (error) {
+    if (errnoOf(error) === 'ENOENT') return false;
+    if (['EPERM', 'EACCES'].includes(errnoOf(error) ?? '')) return true;
+    throw error;
   }
 }
 

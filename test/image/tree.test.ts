@@ -219,8 +219,20 @@ test('with 2,000 tags, listings read no manifest, a lookup reads the one it need
   assert.equal((await tree.list(['images', 'image7'])).length, 20);
   await tree.lookup(['images', 'image7', 'v107']);
   assert.deepEqual(world.read, []);
-  const started = performance.now();
-  for (let i = 0; i < 1000; i++) await tree.lookup(['images', 'image7', 'v107', 'disk.raw']);
+  const names = ['images', 'image7', 'v107', 'disk.raw'];
+  const lookupsMs = async (lookups: typeof tree.lookup) => {
+    let bestMs = Infinity;
+    for (let attempt = 0; attempt < 5; attempt++) {
+      const started = performance.now();
+      for (let i = 0; i < 300; i++) await lookups(names);
+      bestMs = Math.min(bestMs, performance.now() - started);
+    }
+    return bestMs;
+  };
+  const manyMs = await lookupsMs((path) => tree.lookup(path));
   assert.deepEqual(world.read, [world.tags[107]!.manifest]);
-  assert.ok(performance.now() - started < 500, 'a lookup does not walk all tags');
+  const small = makeWorld();
+  small.world.tags = [tagOf('image7', 'v107', small.world.add('disk', 107))];
+  const oneMs = await lookupsMs((path) => small.tree.lookup(path));
+  assert.ok(manyMs < 10 * oneMs, `a lookup does not walk all tags: ${manyMs} ms of 2,000, ${oneMs} of one`);
 });
