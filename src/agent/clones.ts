@@ -13,6 +13,7 @@ import { mkdir, readdir, rename, rm, statfs } from 'node:fs/promises';
 import path from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { checkedNumber } from '../core/bytes.ts';
+import type { Digest } from '../core/bytes.ts';
 import { asGridError, GridError } from '../core/errors.ts';
 import type { Image } from '../core/image.ts';
 import { IMAGE_BYTES_MAX } from '../core/limits.ts';
@@ -27,6 +28,7 @@ import { SharedImage } from './shared-image.ts';
 /** What a name in the mounted tree needs to know. */
 export interface CloneEntry {
   readonly id: string;
+  readonly base: Digest;
   readonly sizeBytes: number;
   readonly modifiedMs: number;
 }
@@ -482,6 +484,6 @@ export class Clones {
   }
 }
 
-function entryOf({ id, sizeBytes, created }: CloneRecord): CloneEntry {
-  return { id, sizeBytes, modifiedMs: Date.parse(created) };
+function entryOf({ id, base, sizeBytes, created }: CloneRecord): CloneEntry {
+  return { id, base, sizeBytes, modifiedMs: Date.parse(created) };
 }

@@ -157,7 +157,9 @@ export class Machines {
       const { cloneId, image, manifest, imageFolder } = await this.#diskFor(request, id);
       if (request.clone === undefined) ownClone = cloneId;
       const clonedMs = performance.now() - requestedAtMs;
-      const description = this.#describe(request, id, manifest, imageFolder, cloneId);
+      // No tag shows it any more: the clone's own folder still has its parts.
+      const parts = imageFolder ?? path.dirname(this.#catalog.diskOf(cloneId));
+      const description = this.#describe(request, id, manifest, parts, cloneId);
       const { kernel, initrd } = manifest.parts;
       const opened = [kernel, initrd, this.#clones.get(cloneId).base].filter((one) => one !== undefined);
       start = this.#starts?.begin(opened, 'boot');
@@ -230,7 +232,7 @@ export class Machines {
     request: RunRequest,
     id: string,
     manifest: Manifest,
-    imageFolder: string | undefined,
+    partsFolder: string,
     clone: string,
   ): MachineDescription {
     const { labels, parts } = manifest;
@@ -247,17 +249,11 @@ export class Machines {
       ...(readyText === undefined ? {} : { readyText }),
     };
     if (!('kernel' in parts)) return description;
-    if (imageFolder === undefined) {
-      throw new GridError(
-        'not-found',
-        `no tag shows the image of clone '${clone}' any more, so its kernel cannot be read from the mount`,
-      );
-    }
     return {
       ...description,
       boot: {
-        kernel: path.join(imageFolder, 'kernel'),
-        ...('initrd' in parts ? { initrd: path.join(imageFolder, 'initrd') } : {}),
+        kernel: path.join(partsFolder, 'kernel'),
+        ...('initrd' in parts ? { initrd: path.join(partsFolder, 'initrd') } : {}),
         commandLine: request.commandLine ?? labels[LABEL_COMMAND_LINE] ?? 'root=/dev/vda rw console=ttyS0',
       },
     };

@@ -20,6 +20,9 @@ interface Options {
 }
 
 const routeOf = (id: string, action = '') => `/v1/clones/${encodeURIComponent(id)}${action}`;
+/** Where programs find a clone's disk. */
+const diskOf = (proxy: { mountpoint: string }, id: string) =>
+  path.join(proxy.mountpoint, 'clones', id, 'disk.raw');
 const POLL_MS = 200;
 
 function createVerb(): Command {
@@ -69,7 +72,7 @@ function createVerb(): Command {
         const { client, record } = await findProxy(options.proxy);
         let clone = await client.call<CloneStatus>('POST', '/v1/clones', request);
         if (options.wait) clone = await waitUntilFull(client, clone, options);
-        const disk = path.join(record.mountpoint, 'clones', clone.id, 'disk.raw');
+        const disk = diskOf(record, clone.id);
         show(options, { ...clone, disk }, () => `${clone.id}\n${disk}`);
       },
     );
@@ -178,7 +181,7 @@ function exportVerb(): Command {
       const clone = await client.call<CloneStatus>('GET', routeOf(id));
       if (clone.open)
         throw new GridError('in-use', `clone '${id}' is open; stop its VM or close its file first`);
-      const disk = path.join(record.mountpoint, 'clones', id, 'disk.raw');
+      const disk = diskOf(record, id);
       await exportQcow2(
         disk,
         target,
@@ -245,7 +248,7 @@ function importVerb(): Command {
         ...(options.name === undefined ? {} : { name: options.name }),
         ...(options.image === undefined ? {} : { image: options.image }),
       });
-      const disk = path.join(record.mountpoint, 'clones', clone.id, 'disk.raw');
+      const disk = diskOf(record, clone.id);
       show(options, { ...clone, disk }, () => `${clone.id}\n${disk}`);
     });
 }
@@ -283,11 +286,14 @@ export function cloneVerbs(): Command {
     withProxyOption(verb('ls', 'List the clones of this host.', ['gridvfs clone ls --json']))
       .addOption(jsonOption())
       .action(async (options: Options) => {
-        const { client } = await findProxy(options.proxy);
-        const clones = await client.call<CloneStatus[]>('GET', '/v1/clones');
+        const { client, record } = await findProxy(options.proxy);
+        const clones = (await client.call<CloneStatus[]>('GET', '/v1/clones')).map((clone) => ({
+          ...clone,
+          disk: diskOf(record, clone.id),
+        }));
         show(options, clones, () =>
           table(
-            ['CLONE', 'IMAGE', 'KIND', 'SIZE', 'ON DISK', 'SHARED', 'QUOTA', 'OPEN', 'CREATED'],
+            ['CLONE', 'IMAGE', 'KIND', 'SIZE', 'ON DISK', 'SHARED', 'QUOTA', 'OPEN', 'CREATED', 'DISK'],
             clones.map((clone) => [
               clone.id,
               clone.image,
@@ -298,6 +304,7 @@ export function cloneVerbs(): Command {
               clone.quotaBytes === undefined ? '-' : bytesText(clone.quotaBytes),
               clone.open ? 'yes' : 'no',
               clone.created,
+              clone.disk,
             ]),
           ),
         );
@@ -308,8 +315,9 @@ export function cloneVerbs(): Command {
       .argument('<clone>')
       .addOption(jsonOption())
       .action(async (id: string, options: Options) => {
-        const { client } = await findProxy(options.proxy);
-        const clone = await client.call<CloneStatus>('GET', routeOf(id));
+        const { client, record } = await findProxy(options.proxy);
+        const status = await client.call<CloneStatus>('GET', routeOf(id));
+        const clone = { ...status, disk: diskOf(record, id) };
         show(options, clone, () =>
           Object.entries(clone)
             .map(

@@ -2,7 +2,8 @@
  * The tree of names that frontends show:
  *
  *   images/<name>/<version>/disk.raw (or memory.raw, kernel, … by the manifest's kind), and one file per part
- *   clones/<id>/disk.raw
+ *   clones/<id>/disk.raw, and the parts (kernel, initrd, …) of the image that the clone was made of: they are there
+ *   as long as the clone is, whatever its tag points at by now
  *
  * Lookups read only what they need: a manifest is read when something in its version's folder is looked up, never
  * for a listing above it. Parsed manifests are kept (they never change); the index of tags is made again when the
@@ -27,6 +28,8 @@ export interface ImageCatalog {
 /** What the tree says of a clone. */
 export interface CloneEntry {
   readonly id: string;
+  /** Manifest of its base, whose parts are shown beside the disk. */
+  readonly base: Digest;
   readonly sizeBytes: number;
   readonly modifiedMs: number;
 }
@@ -78,7 +81,7 @@ class NameTree implements ImageTree {
       const clone = isName(first) && third === undefined ? await this.#clones.find(first) : undefined;
       if (!clone) return undefined;
       if (second === undefined) return directory(clone.id, clone.modifiedMs);
-      return second === CLONE_FILE ? cloneFile(clone) : undefined;
+      return second === CLONE_FILE ? cloneFile(clone) : await this.#clonePart(clone, second);
     }
     if (top !== 'images') return undefined;
     const { names } = await this.#tags();
@@ -105,7 +108,7 @@ class NameTree implements ImageTree {
     if (top === 'clones') {
       if (first !== undefined) {
         const clone = await this.#clones.find(first);
-        return clone ? [cloneFile(clone)] : [];
+        return clone ? sorted([cloneFile(clone), ...(await this.#cloneParts(clone))]) : [];
       }
       const clones = await this.#clones.list();
       return sorted(
@@ -130,7 +133,7 @@ class NameTree implements ImageTree {
     if (entry.type === 'directory') {
       throw new GridError('bad-request', `'${path.join('/')}' is a folder; open a file in it`);
     }
-    if (path[0] === 'clones') return await this.#clones.open(path[1]!, options);
+    if (path[0] === 'clones' && path[2] === CLONE_FILE) return await this.#clones.open(path[1]!, options);
     if (options.write) {
       throw new GridError('read-only', `'${path.join('/')}' is an image; write to a clone of it instead`);
     }
@@ -171,9 +174,30 @@ class NameTree implements ImageTree {
   async #imageFile(tag: Tag, name: string): Promise<File | undefined> {
     const manifest = await this.#manifest(tag.manifest);
     if (name === fileNameOf(manifest.kind)) return imageFile(name, tag.manifest, manifest);
+    return await this.#part(manifest, name);
+  }
+
+  async #part(manifest: Manifest, name: string): Promise<File | undefined> {
     if (!isName(name) || !Object.hasOwn(manifest.parts, name)) return undefined;
     const digest = manifest.parts[name]!;
     return imageFile(name, digest, await this.#manifest(digest));
+  }
+
+  /** Undefined also where nobody can say what its image had beside it. */
+  async #clonePart(clone: CloneEntry, name: string): Promise<File | undefined> {
+    return (await this.#cloneParts(clone)).find((file) => file.name === name);
+  }
+
+  async #cloneParts(clone: CloneEntry): Promise<File[]> {
+    try {
+      const manifest = await this.#manifest(clone.base);
+      const names = Object.keys(manifest.parts).filter((name) => name !== CLONE_FILE);
+      const files = await Promise.all(names.map((name) => this.#part(manifest, name)));
+      return files.filter((file) => file !== undefined);
+    } catch (error) {
+      if (error instanceof GridError) return [];
+      throw error;
+    }
   }
 
   async #imageFiles(tag: Tag): Promise<TreeEntry[]> {

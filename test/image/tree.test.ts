@@ -132,10 +132,11 @@ test('an image shows its disk and its parts by their kinds and names, with the d
 
 test('a clone shows one writable disk under its id', async () => {
   const { world, tree } = makeWorld();
+  const base = world.add('disk', 5);
   world.clones = [
-    { id: 'c2', sizeBytes: 5, modifiedMs: 8 },
-    { id: 'c1', sizeBytes: 6, modifiedMs: 9 },
-    { id: '../../etc', sizeBytes: 6, modifiedMs: 9 },
+    { id: 'c2', base, sizeBytes: 5, modifiedMs: 8 },
+    { id: 'c1', base, sizeBytes: 6, modifiedMs: 9 },
+    { id: '../../etc', base, sizeBytes: 6, modifiedMs: 9 },
   ];
   assert.deepEqual(namesOf(await tree.list(['clones'])), ['c1', 'c2']);
   const entry = {
@@ -153,10 +154,30 @@ test('a clone shows one writable disk under its id', async () => {
   assert.deepEqual(await tree.space(), { totalBytes: 10, freeBytes: 5 });
 });
 
+test('a clone shows the parts of its image, read-only, though no tag points at that; the disk alone where the manifest is gone', async () => {
+  const { world, tree } = makeWorld();
+  const kernel = world.add('kernel', 7000);
+  const base = world.add('disk', 4096, { kernel, 'disk.raw': kernel });
+  world.clones = [
+    { id: 'c1', base, sizeBytes: 4096, modifiedMs: 8 },
+    { id: 'c2', base: sha256(Buffer.from('gone')), sizeBytes: 4096, modifiedMs: 8 },
+  ];
+  assert.deepEqual(namesOf(await tree.list(['clones', 'c1'])), ['disk.raw', 'kernel']);
+  assert.deepEqual(namesOf(await tree.list(['clones', 'c2'])), ['disk.raw']);
+  assert.equal(await tree.lookup(['clones', 'c2', 'kernel']), undefined);
+  const file = await tree.lookup(['clones', 'c1', 'kernel']);
+  assert.ok(file?.type === 'file' && !file.writable && file.contentId === kernel);
+  await tree.open(['clones', 'c1', 'kernel'], { write: false });
+  await tree.open(['clones', 'c1', 'disk.raw'], { write: true });
+  assert.deepEqual(world.opened, [kernel, 'c1 true']);
+  await assert.rejects(() => tree.open(['clones', 'c1', 'kernel'], { write: true }), hasCode('read-only'));
+});
+
 test('what is not there is undefined to lookup and not-found to list and open; images are not opened for writing', async () => {
   const { world, tree } = makeWorld();
-  world.tags = [tagOf('debian', '12', world.add('disk', 1))];
-  world.clones = [{ id: 'c1', sizeBytes: 5, modifiedMs: 8 }];
+  const base = world.add('disk', 1);
+  world.tags = [tagOf('debian', '12', base)];
+  world.clones = [{ id: 'c1', base, sizeBytes: 5, modifiedMs: 8 }];
   const absent = [
     ['etc'],
     ['images', 'nope'],
