@@ -24,6 +24,7 @@ import { RECONNECT_TIMEOUT_MS } from '../src/core/limits.ts';
 import type { Tag } from '../src/core/manifest.ts';
 import type { Purpose } from '../src/core/profile.ts';
 import type { ChunkSource, ReadChunksOptions } from '../src/core/source.ts';
+import type { UploadTarget } from '../src/core/uploads.ts';
 import { newCounters } from './statistics.ts';
 import type { SourceEvent, SourceStatistics } from './statistics.ts';
 
@@ -191,6 +192,11 @@ export class FailoverSource implements ChunkSource {
       if (!source.recordProfile) throw new GridError('denied', `${source.name} keeps no profiles`);
       await source.recordProfile(manifest, purpose, recording);
     });
+  }
+
+  /** Of the first source, up or not: what is made there the others get, or not, in their own ways. */
+  get uploads(): UploadTarget | undefined {
+    return this.#members[0]!.source?.uploads;
   }
 
   async readChunks(

@@ -10,6 +10,7 @@
  *   GET  /v1/profiles/<ab>/<manifest>/<purpose>.json   the profile, where there is one
  *   POST the same                    merges a recording into it; only over a way that says who comes (ssh, stdio,
  *                                    a unix socket): plain http is answered with `denied`
+ *   POST /v1/uploads/…               new images (upload-protocol.ts)
  *   POST /v1/batch                   many chunks for one round trip
  *   GET  /healthz                    { status: 'ok' | 'degraded', reason? }
  *   GET  /metrics                    Prometheus text (server-metrics.ts)
@@ -287,7 +288,7 @@ export const HTTP_STATUS = {
 const CODE_HERE = {
   'bad-request': 'bad-request',
   'not-found': 'not-found',
-  exists: 'origin-failed',
+  exists: 'exists',
   'in-use': 'origin-failed',
   'read-only': 'origin-failed',
   'no-space': 'origin-failed',

@@ -54,6 +54,7 @@ import { collect, readBody } from './response-body.ts';
 import { newCounters } from './statistics.ts';
 import type { SourceEvent, SourceStatistics } from './statistics.ts';
 import type { Lane, Transport } from './transport.ts';
+import { UploadClient } from './upload-client.ts';
 import { Batch, Call, Fetch, takeItems } from './work.ts';
 import type { Item, Waiter, Wanted } from './work.ts';
 
@@ -69,6 +70,7 @@ const BACKOFF_MAX_MS = 5_000;
 
 export class RemoteSource implements ChunkSource {
   readonly name: string;
+  readonly uploads = new UploadClient(this, (wanted) => this.#fetch(wanted));
   readonly #transport: Transport;
   readonly #reconnectTimeoutMs: number;
   readonly #onEvent: (event: SourceEvent) => void;

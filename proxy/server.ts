@@ -39,6 +39,7 @@ import {
 } from './protocol.ts';
 import type { ServedRoute, ServerMetrics } from './server-metrics.ts';
 import { StreamSocket } from './stream-socket.ts';
+import { uploadRoutes } from './upload-routes.ts';
 
 /** Plain bytes of one part of a batch: 16 chunks of the default size keep a disk or a link behind us busy. */
 const PART_BYTES = 4 * MIB;
@@ -52,6 +53,8 @@ const IMMUTABLE = 'public, max-age=31536000, immutable';
 export interface ServerOptions {
   /** Counts, and is served at /metrics; without it there is no such path. */
   readonly metrics?: ServerMetrics;
+  /** Lets everybody who was authenticated make new images; default false. */
+  readonly acceptUploads?: boolean;
   /** Called with every failure that is not the asker's own, for a log. */
   readonly onError?: (error: GridError) => void;
 }
@@ -59,6 +62,8 @@ export interface ServerOptions {
 export interface AttachOptions {
   /** Whoever is on this stream was authenticated: it may record profiles. */
   readonly authenticated?: boolean;
+  /** It may also make new images; default: what `acceptUploads` says for those authenticated. */
+  readonly mayUpload?: boolean;
 }
 
 export interface ProxyServer {
@@ -80,14 +85,22 @@ export function createServer(source: ChunkSource, options: ServerOptions = {}): 
   });
   const stopping = new AbortController();
   const authenticatedStreams = new WeakSet<Duplex>();
+  const uploadStreams = new WeakSet<Duplex>();
   defineRoutes(app, source, stopping.signal, options);
   profileRoutes(app, source, authenticatedStreams);
+  uploadRoutes(app, source.uploads, ({ raw }) => uploadStreams.has(raw.socket));
   const ready = app.ready();
   ready.then(undefined, () => {}); // attach and listen report it
   const listeners = new Set<net.Server>();
   const streams = new Set<Duplex>();
 
-  const attach = async (stream: Duplex, { authenticated = false }: AttachOptions = {}) => {
+  const attach = async (
+    stream: Duplex,
+    {
+      authenticated = false,
+      mayUpload = authenticated && options.acceptUploads === true,
+    }: AttachOptions = {},
+  ) => {
     await ready;
     if (stopping.signal.aborted) {
       stream.destroy();
@@ -95,6 +108,7 @@ export function createServer(source: ChunkSource, options: ServerOptions = {}): 
     }
     streams.add(stream);
     if (authenticated) authenticatedStreams.add(stream);
+    if (mayUpload) uploadStreams.add(stream);
     stream.once('close', () => streams.delete(stream));
     stream.on('error', () => stream.destroy());
     server!.emit('connection', stream);

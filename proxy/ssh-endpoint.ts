@@ -179,10 +179,11 @@ function serveConnection(
     };
     session.on('shell', refuse('a shell'));
     session.on('exec', (acceptExec, rejectExec, info) => {
-      const command = user?.command ?? info.command;
-      const asked = parseTunnelCommand(command);
-      if (asked === undefined || !servesPath(asked, options.paths)) {
-        const what = asked === undefined ? 'this command' : `the path ${JSON.stringify(asked.slice(0, 200))}`;
+      const forced = user?.command;
+      const asked = parseTunnelCommand(forced ?? info.command);
+      if (asked === undefined || !servesPath(asked.path, options.paths)) {
+        const path = asked && JSON.stringify(asked.path.slice(0, 200));
+        const what = path === undefined ? 'this command' : `the path ${path}`;
         refuse(what)(acceptExec);
         return;
       }
@@ -192,7 +193,9 @@ function serveConnection(
         return;
       }
       const stream = new StreamSocket(channel, channel, socket);
-      void options.server.attach(stream, { authenticated: true });
+      // What a client asks for itself permits nothing; what the operator wrote beside its key does.
+      const mayUpload = forced !== undefined && asked.acceptUploads;
+      void options.server.attach(stream, { authenticated: true, ...(mayUpload ? { mayUpload } : {}) });
     });
   });
 }

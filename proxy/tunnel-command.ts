@@ -34,10 +34,18 @@ export function shellWords(line: string): string[] | undefined {
   return words;
 }
 
-/** PATH of `gridvfs server --stdio PATH` or `gridvfs server PATH --stdio`; undefined for any other command. */
-export function parseTunnelCommand(line: string): string | undefined {
+/** Lets whoever runs the command upload: the operator's word, in a forced command of authorized_keys. */
+const ACCEPT_UPLOADS = '--accept-uploads';
+
+/** PATH of `gridvfs server --stdio PATH`, options and path in any order, and whether it accepts uploads; undefined
+ * for any other command. */
+export function parseTunnelCommand(line: string): { path: string; acceptUploads: boolean } | undefined {
   const words = shellWords(line);
-  if (words?.length !== 4 || words[0] !== 'gridvfs' || words[1] !== 'server') return undefined;
-  const path = words[2] === '--stdio' ? words[3]! : words[3] === '--stdio' ? words[2]! : undefined;
-  return path === undefined || path === '' || path.startsWith('-') ? undefined : path;
+  if (words?.[0] !== 'gridvfs' || words[1] !== 'server') return undefined;
+  const rest = words.slice(2);
+  const acceptUploads = rest.includes(ACCEPT_UPLOADS);
+  const [path, ...others] = rest.filter((word) => word !== '--stdio' && word !== ACCEPT_UPLOADS);
+  if (rest.length !== (acceptUploads ? 3 : 2) || others.length > 0 || !rest.includes('--stdio'))
+    return undefined;
+  return path === undefined || path === '' || path.startsWith('-') ? undefined : { path, acceptUploads };
 }

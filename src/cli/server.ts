@@ -11,6 +11,7 @@ import { configPath, stateRoot } from './paths.ts';
 
 interface Options {
   stdio?: boolean;
+  acceptUploads?: boolean;
   ssh?: { host: string; port: number };
   listen?: { host: string; port: number };
   hostKey?: string;
@@ -33,6 +34,10 @@ export function serverVerb(): Command {
       parseListen,
     )
     .option('--stdio', 'serve standard input and output: the remote command of a stock sshd')
+    .option(
+      '--accept-uploads',
+      'let everybody who comes over ssh make new images and move tags (clone push, clone commit); for single keys: the same in their forced command=',
+    )
     .option('--host-key <file>', 'private host key of the ssh endpoint; made on first use')
     .option('--authorized-keys <file>', 'public keys that the ssh endpoint lets in')
     .option('--config <file>', 'configuration file (TOML)')
@@ -59,7 +64,10 @@ async function serve(folder: string, options: Options): Promise<void> {
   const metrics = options.stdio
     ? undefined
     : (await import('../../proxy/server-metrics.ts')).createServerMetrics();
-  const server = createServer(store, metrics ? { metrics } : {});
+  const server = createServer(store, {
+    ...(metrics ? { metrics } : {}),
+    ...(options.acceptUploads === undefined ? {} : { acceptUploads: options.acceptUploads }),
+  });
   await using stack = new AsyncDisposableStack();
   stack.defer(() => store.close());
   stack.defer(() => server.close());

@@ -6,6 +6,7 @@ import type { Digest } from './bytes.ts';
 import type { ChunkRef, StoredChunk } from './chunk.ts';
 import type { Tag } from './manifest.ts';
 import type { Purpose } from './profile.ts';
+import type { UploadTarget } from './uploads.ts';
 
 /** 'demand': a guest waits for it. 'prefetch': nobody does yet; it must never delay a demand read. */
 export type Priority = 'demand' | 'prefetch';
@@ -50,6 +51,9 @@ export interface ChunkSource {
   /** Merges one recording into the profile that the source keeps. Throws denied where the source may not be
    * written to, bad-format. */
   recordProfile?(manifest: Digest, purpose: Purpose, recording: Buffer): Promise<void>;
+
+  /** Takes new images. A source that nobody can write to has none; one that may refuse says so when it is asked. */
+  readonly uploads?: UploadTarget | undefined;
 
   /**
    * The receiver could not decode a chunk that `readChunks` delivered; `chunk` is the very object. Called before

@@ -174,7 +174,8 @@ function checkCancelled(signal: AbortSignal | undefined, reference: string): voi
   if (signal?.aborted) throw new GridError('closed', `the commit of ${reference} was cancelled`);
 }
 
-function checkedLabels(labels: Record<string, string>): Record<string, string> {
+/** Throws bad-request for labels that no manifest may have. */
+export function checkedLabels(labels: Record<string, string>): Record<string, string> {
   const entries = Object.entries(labels);
   if (entries.length > LABELS_MAX) throw new GridError('bad-request', `more than ${LABELS_MAX} labels`);
   for (const [key, value] of entries) {

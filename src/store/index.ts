@@ -9,6 +9,8 @@ export { collectGarbage, GC_GRACE_MS } from './gc.ts';
 export type { GcOptions, GcResult } from './gc.ts';
 export { importImage } from './import.ts';
 export type { ImportOptions, ImportPart, ImportResult } from './import.ts';
+export { uploadImage } from './upload-image.ts';
+export type { UploadOptions, UploadResult } from './upload-image.ts';
 export { initStore, openStore, Store } from './store.ts';
 export type { ImageStatistics, StoreStatistics } from './store.ts';
 export { verifyStore } from './verify.ts';

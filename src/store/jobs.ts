@@ -241,7 +241,7 @@ function verifyObject(file: string, kind: ObjectKind, digest: Digest): number {
 
 /** Whether the blocks of a zstd frame (RFC 8878, 3.1.1) that is known to decode end where the bytes do. Decoders
  * ignore what comes after, so a reader does no wrong with it; but nobody of ours wrote it. */
-function isOneFrame(stored: Buffer): boolean {
+export function isOneFrame(stored: Buffer): boolean {
   const descriptor = stored[4]!;
   const isSingleSegment = (descriptor & 0x20) !== 0;
   const contentSizeBytes = [isSingleSegment ? 1 : 0, 2, 4, 8][descriptor >> 6]!;

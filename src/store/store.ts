@@ -22,6 +22,7 @@ import {
 import type { Manifest, Tag } from '../core/manifest.ts';
 import type { Purpose } from '../core/profile.ts';
 import type { ChunkSource, ReadChunksOptions } from '../core/source.ts';
+import type { UploadTarget } from '../core/uploads.ts';
 import { ChunkReader } from './chunk-reader.ts';
 import {
   entriesOf,
@@ -36,6 +37,7 @@ import type { ObjectKind } from './layout.ts';
 import { withStoreLock } from './lock.ts';
 import { nearTags } from './near.ts';
 import { readProfile, recordProfile } from './profiles.ts';
+import { storeUploads } from './uploads.ts';
 
 /**
  * Makes `folder` a store. Makes the folder where there is none; does nothing where it is a store already; throws
@@ -177,12 +179,26 @@ export class Store implements ChunkSource {
     return `the store ${this.name} has no image ${name}:${version}; ${wayOn}`;
   }
 
-  /** Points `name:version` at a manifest that is in the store. Durable when it resolves. Throws not-found. */
-  async setTag(name: string, version: string, manifest: Digest): Promise<Tag> {
+  /**
+   * Points `name:version` at a manifest that is in the store. Durable when it resolves. `expected`: only if the tag
+   * points at that manifest now (null: if there is no such tag), or at `manifest` already. Throws not-found, exists.
+   */
+  async setTag(name: string, version: string, manifest: Digest, expected?: Digest | null): Promise<Tag> {
     if (!isName(name) || !isName(version)) parseReference(`${name}:${version}`);
     return withStoreLock(this.layout, async () => {
       parseManifest(await this.readManifest(manifest), manifest);
-      const others = (await this.listTags()).filter((one) => one.name !== name || one.version !== version);
+      const tags = await this.listTags();
+      const before = tags.find((one) => one.name === name && one.version === version);
+      if (expected !== undefined) {
+        if (before?.manifest === manifest) return before;
+        if ((before?.manifest ?? null) !== expected) {
+          throw new GridError(
+            'exists',
+            `${name}:${version} of the store ${this.name} is ${before?.manifest ?? 'not there'}, not ${expected ?? 'free'}: somebody else moved it`,
+          );
+        }
+      }
+      const others = tags.filter((one) => one !== before);
       if (others.length >= TAGS_MAX)
         throw new GridError('no-space', `the store ${this.name} has ${TAGS_MAX} tags, the most there can be`);
       const tag: Tag = { name, version, manifest, moved: new Date().toISOString() };
@@ -311,6 +327,11 @@ export class Store implements ChunkSource {
       images.push({ tag, manifest, chunks: own.size, storedBytes: ownBytes });
     }
     return { images, chunks: all.size, storedBytes };
+  }
+
+  /** See ChunkSource. */
+  get uploads(): UploadTarget {
+    return storeUploads(this);
   }
 
   async close(): Promise<void> {

@@ -250,9 +250,16 @@ describe('the remote command', () => {
       'gridvfs server --stdio "/srv/store"',
       tunnelCommand('gridvfs server --stdio', '/srv/store'),
     ]) {
-      assert.equal(parseTunnelCommand(line), '/srv/store', line);
+      assert.deepEqual(parseTunnelCommand(line), { path: '/srv/store', acceptUploads: false }, line);
     }
-    assert.equal(parseTunnelCommand(tunnelCommand('gridvfs server --stdio', "/a b/it's")), "/a b/it's");
+    assert.equal(parseTunnelCommand(tunnelCommand('gridvfs server --stdio', "/a b/it's"))?.path, "/a b/it's");
+    for (const line of [
+      'gridvfs server --stdio --accept-uploads /srv/store',
+      'gridvfs server /srv/store --accept-uploads --stdio',
+    ]) {
+      assert.deepEqual(parseTunnelCommand(line), { path: '/srv/store', acceptUploads: true }, line);
+    }
+    assert.equal(parseTunnelCommand('gridvfs server --accept-uploads /srv/store'), undefined);
     for (const line of [
       '',
       'sh',

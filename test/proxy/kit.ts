@@ -16,7 +16,7 @@ import os from 'node:os';
 import path from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { createServer, createSshEndpoint } from '../../proxy/index.ts';
-import type { ConnectOptions, ProxyServer, SshEndpoint } from '../../proxy/index.ts';
+import type { ConnectOptions, ProxyServer, ServerOptions, SshEndpoint } from '../../proxy/index.ts';
 import type { ChunkRef } from '../../src/core/chunk.ts';
 import { GridError } from '../../src/core/errors.ts';
 import type { ErrorCode } from '../../src/core/errors.ts';
@@ -84,9 +84,14 @@ export interface Serving {
 }
 
 /** The built-in endpoint over `source` (the fixture's store when left out), which is closed with it. */
-export async function serveSsh(ground: Ground, source?: ChunkSource, port = 0): Promise<Serving> {
+export async function serveSsh(
+  ground: Ground,
+  source?: ChunkSource,
+  port = 0,
+  options: ServerOptions = {},
+): Promise<Serving> {
   const served = source ?? (await openStore(ground.fixture.storeFolder));
-  const server = createServer(served);
+  const server = createServer(served, options);
   const endpoint = await createSshEndpoint({
     server,
     hostKeyPath: ground.hostKey,
