@@ -29,27 +29,39 @@ export interface Service {
   /** The JSON line it printed when it was ready. */
   readonly ready: Record<string, unknown>;
   readonly pid: number;
+  /** Writes a line to its standard input and gives the JSON line it answers with. One at a time. */
+  ask(line: string): Promise<Record<string, unknown>>;
   /** SIGTERM, and its end. */
   stop(): Promise<void>;
 }
 
 /** Starts a program that prints one JSON line when it is ready. It gets a process group of its own, so that
- * Ctrl-C on the terminal reaches only the bench, which then stops everything in order. */
-export async function startService(program: string, args: readonly string[]): Promise<Service> {
+ * Ctrl-C on the terminal reaches only the bench, which then stops everything in order. `descriptors` are its 3, 4, … */
+export async function startService(
+  program: string,
+  args: readonly string[],
+  descriptors: readonly number[] = [],
+): Promise<Service> {
   const child = spawn(process.execPath, [path.join(ROOT, program), ...args], {
-    stdio: ['ignore', 'pipe', 'inherit'],
+    stdio: ['pipe', 'pipe', 'inherit', ...descriptors],
     detached: true,
   });
   const ended = exitOf(child);
-  const line = await Promise.race([
-    new Promise<string>((resolve) => createInterface({ input: child.stdout }).once('line', resolve)),
-    ended.then((code) => {
-      throw new Error(`${program} ${args[0] ?? ''} ended (${code}) before it was ready`);
-    }),
-  ]);
+  // It may be gone when it is asked; `next` says so.
+  child.stdin!.on('error', () => undefined);
+  const lines = createInterface({ input: child.stdout! })[Symbol.asyncIterator]();
+  const next = async (): Promise<Record<string, unknown>> => {
+    const { value, done } = await lines.next();
+    if (done) throw new Error(`${program} ${args[0] ?? ''} ended (${await ended}) before it answered`);
+    return JSON.parse(value) as Record<string, unknown>;
+  };
   return {
-    ready: JSON.parse(line) as Record<string, unknown>,
+    ready: await next(),
     pid: child.pid!,
+    ask(line) {
+      child.stdin!.write(`${line}\n`);
+      return next();
+    },
     async stop() {
       child.kill('SIGTERM');
       await ended;
