@@ -73,7 +73,7 @@ async function recordBoot(
       network: 'user',
       readyText: guest.readyText,
     },
-    identity.accelerator === 'kvm' ? 'kvm' : 'tcg',
+    { accelerator: identity.accelerator === 'kvm' ? 'kvm' : 'tcg' },
   );
   const at = args.indexOf('-blockdev') + 1;
   const disk = JSON.parse(args[at]!) as Record<string, unknown>;

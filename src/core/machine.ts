@@ -3,7 +3,7 @@
  * containers of work. One suite (test/suites/vmm.ts) runs for each implementation.
  */
 
-/** Everything that makes a machine, from manifest labels and the request. Recorded with a checkpoint later. */
+/** Everything that makes a machine, from manifest labels and the request. Recorded with a checkpoint. */
 export interface MachineDescription {
   /** Shown in process lists and as the default host name. */
   readonly name: string;
@@ -22,9 +22,39 @@ export interface MachineDescription {
   readonly network: 'user' | 'none';
   /** A line on the first serial console that contains this text means: the guest answers. */
   readonly readyText?: string;
+  /** A UUID that the guest can see (vmgenid): another one tells it that it is a copy. Made up when left out. */
+  readonly generationId?: string;
 }
 
-export type MachineState = 'starting' | 'running' | 'stopped' | 'failed';
+/** What a captured device state can be loaded into again: it is refused by anything else. */
+export interface MachineCompatibility {
+  /** Name of the Vmm. */
+  readonly vmm: string;
+  /** Versioned machine type, e.g. pc-i440fx-7.2. */
+  readonly machine: string;
+  /** Of the program that captured it. */
+  readonly version: string;
+  readonly accelerator: string;
+  /** What the guest saw as its processor. */
+  readonly processor: string;
+}
+
+/** Where a paused machine is written to, and resumed from. Files; `memory` has the size of the machine's memory. */
+export interface MachineFiles {
+  /** Plain bytes of the guest's memory in place. */
+  readonly memory: string;
+  readonly deviceState: string;
+}
+
+export interface MachineCapture {
+  readonly compatibility: MachineCompatibility;
+  /** What went into the memory file: all that is not zero of a machine that was booted, the pages that it changed
+   * of one that was resumed. */
+  readonly memoryWrittenBytes: number;
+}
+
+/** 'paused': captured, or about to be resumed. */
+export type MachineState = 'starting' | 'running' | 'paused' | 'stopped' | 'failed';
 
 export interface MachineStatus {
   readonly state: MachineState;
@@ -46,9 +76,19 @@ export interface Machine {
   readonly ended: Promise<MachineStatus>;
   /** Asks the guest to power down, and ends it after `graceMs` (0: at once). Resolves when it is gone. */
   stop(graceMs: number): Promise<void>;
+  /**
+   * Pauses the guest, flushes its disks, and writes its device state and its memory; it stays paused until `proceed`
+   * or `stop`. The memory file holds zeros, or for a resumed machine what it was resumed from; only pages that differ
+   * are written. On a failure the guest runs on. Throws vm-failed, local-io, no-space, unsupported.
+   */
+  capture(files: MachineFiles): Promise<MachineCapture>;
+  /** Lets a paused guest run (on). */
+  proceed(): Promise<void>;
   /** Path of the unix socket that is the guest's first serial console. */
   readonly consoleSocket: string;
-  /** File that keeps everything the console said. */
+  /** Path of the unix socket that is the guest's second serial port, by which it is told who it is. */
+  readonly identitySocket: string;
+  /** File with what the console said: the last mebibyte at least, what went before may be a hole. */
   readonly consoleLog: string;
 }
 
@@ -59,6 +99,18 @@ export interface Vmm {
   /** Starts a machine; its sockets and logs go to `folder`, which exists and is the machine's own. Resolves when
    * the machine's process answers (not yet the guest). Throws vm-failed, unsupported. */
   start(description: MachineDescription, folder: string): Promise<Machine>;
+
+  /** A machine as it was captured, paused: it runs after `proceed`. Its memory is mapped privately from the file, which
+   * is opened for writing and not written. Throws unsupported (made for another machine), bad-format, vm-failed. */
+  resume(
+    description: MachineDescription,
+    folder: string,
+    files: MachineFiles,
+    compatibility: MachineCompatibility,
+  ): Promise<Machine>;
+
+  /** The machine that an earlier process of ours started in `folder`, if it still runs: it is ours again. */
+  adopt(folder: string): Promise<Machine | undefined>;
 
   /** Ends a machine that an earlier process of ours started in `folder` and lost; false when none runs there. */
   endLost(folder: string): Promise<boolean>;

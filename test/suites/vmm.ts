@@ -6,6 +6,7 @@ import assert from 'node:assert/strict';
 import { execFileSync } from 'node:child_process';
 import { randomBytes } from 'node:crypto';
 import {
+  copyFileSync,
   existsSync,
   mkdirSync,
   mkdtempSync,
@@ -13,6 +14,7 @@ import {
   readFileSync,
   rmSync,
   statSync,
+  truncateSync,
   writeFileSync,
 } from 'node:fs';
 import type { Socket } from 'node:net';
@@ -20,6 +22,7 @@ import os from 'node:os';
 import path from 'node:path';
 import { after, before, describe, test } from 'node:test';
 import type { BuiltGuest } from '../../bench/guest/build.ts';
+import { sha256 } from '../../src/core/bytes.ts';
 import { GridError, type ErrorCode } from '../../src/core/errors.ts';
 import { MIB } from '../../src/core/limits.ts';
 import type { Machine, MachineDescription, Vmm } from '../../src/core/machine.ts';
@@ -181,6 +184,119 @@ export function vmmSuite(name: string, vmm: Vmm, guestOf: () => Promise<BuiltGue
       assert.match(readFileSync(again.consoleLog, 'utf8'), /Power down/, 'the guest shut itself down');
       assertNothingLeft(path.dirname(again.consoleLog), secondPid);
       await again.stop(0);
+    });
+
+    /** Files for a capture; the memory file is as large as the memory and holds zeros. */
+    const newFiles = () => {
+      const files = {
+        memory: path.join(temporary, `memory-${++folders}`),
+        deviceState: path.join(temporary, `state-${folders}`),
+      };
+      writeFileSync(files.memory, '');
+      truncateSync(files.memory, guest.memoryBytes);
+      return files;
+    };
+
+    test('a captured guest goes on where it was, again and again, and each capture writes what changed', async () => {
+      const overlay = newOverlay();
+      const description = describeMachine(overlay);
+      const booted = await start(description, newFolder());
+      await booted.ready(READY_MS);
+      const nonce = randomBytes(8).toString('hex');
+      // Nothing but the memory of the shell knows it; the file system in memory has a check of its own.
+      const say = async (machine: Machine, line: string, answer: RegExp) => {
+        const shell = await Shell.open(machine);
+        const said = await shell.ask(line, answer);
+        shell.close();
+        return said;
+      };
+      const fill = 'dd if=/dev/urandom of=/run/fill bs=1M count=8 2>/dev/null; md5sum < /run/fill > /run/sum';
+      await say(booted, `N=${nonce}; ${fill}; echo set-$((6*7))`, /set-42/);
+      const files = newFiles();
+      const first = await booted.capture(files);
+      assert.equal(booted.status().state, 'paused');
+      await booted.stop(0);
+      assert.equal((await booted.ended).state, 'stopped');
+      assert.ok(first.memoryWrittenBytes > 8 * MIB && first.memoryWrittenBytes <= guest.memoryBytes);
+      let { compatibility } = first;
+      for (let round = 0; round < 2; round++) {
+        const folder = newFolder();
+        const image = sha256(readFileSync(files.memory));
+        const machine = await vmm.resume(description, folder, files, compatibility);
+        machines.push(machine);
+        assert.equal(machine.status().state, 'paused');
+        await machine.proceed();
+        assert.equal(machine.status().state, 'running');
+        const answer = await say(
+          machine,
+          'echo "$N-$(md5sum < /run/fill | cmp - /run/sum && echo same)"',
+          /\w{16}-same/,
+        );
+        assert.equal(answer, `${nonce}-same`);
+        assert.equal(
+          await say(machine, `echo ${round} > /root/round && sync && cat /root/round`, /^(\d)\r?$/m),
+          `${round}`,
+        );
+        assert.equal(sha256(readFileSync(files.memory)), image, 'the image is mapped privately');
+        const again = await machine.capture(files);
+        ({ compatibility } = again);
+        assert.ok(again.memoryWrittenBytes > 0 && again.memoryWrittenBytes < first.memoryWrittenBytes / 2);
+        // It can also go on after a capture, and be ended in any state.
+        await machine.proceed();
+        await say(machine, 'ping on', /pong on/);
+        const end = await machine.capture(files);
+        ({ compatibility } = end);
+        const pid = pidOf(machine);
+        await machine.stop(0);
+        assertNothingLeft(folder, pid);
+      }
+    });
+
+    test('what cannot be resumed is refused with the reason, and leaves nothing', async () => {
+      const description = describeMachine(newOverlay());
+      const machine = await start(description, newFolder());
+      await machine.ready(READY_MS);
+      const files = newFiles();
+      const { compatibility } = await machine.capture(files);
+      await machine.stop(0);
+      const refuses = async (
+        code: ErrorCode,
+        text: RegExp,
+        changes: Partial<typeof compatibility>,
+        changedFiles: Partial<typeof files> = {},
+        changedDescription: Partial<MachineDescription> = {},
+      ) => {
+        const folder = newFolder();
+        await assert.rejects(
+          vmm.resume(
+            { ...description, ...changedDescription },
+            folder,
+            { ...files, ...changedFiles },
+            { ...compatibility, ...changes },
+          ),
+          failsWith(code, text),
+        );
+        assert.deepEqual(
+          readdirSync(folder).filter((file) => !file.endsWith('.log')),
+          [],
+        );
+      };
+      await refuses('unsupported', /Vmm/, { vmm: 'other' });
+      await refuses('unsupported', /accelerator/, { accelerator: 'other' });
+      await refuses('unsupported', /processor/, { processor: 'other' });
+      await refuses('vm-failed', /unsupported machine type/, { machine: 'pc-i440fx-99.9' });
+      const short = path.join(temporary, 'short');
+      copyFileSync(files.memory, short);
+      truncateSync(short, guest.memoryBytes - MIB);
+      await refuses('vm-failed', /does not match|size/, {}, { memory: short });
+      const cut = path.join(temporary, 'cut');
+      writeFileSync(cut, readFileSync(files.deviceState).subarray(0, -2000));
+      await refuses('bad-format', /device state/, {}, { deviceState: cut });
+      writeFileSync(cut, '');
+      await refuses('bad-format', /0 bytes/, {}, { deviceState: cut });
+      await refuses('not-found', /nowhere/, {}, { deviceState: '/nowhere' });
+      // Another machine than the one that was captured: a device is missing.
+      await refuses('bad-format', /device state/, {}, {}, { network: 'none' });
     });
 
     test('a guest that powers down by itself is stopped, not failed', async () => {

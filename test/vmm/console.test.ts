@@ -1,10 +1,10 @@
 /** The watch over a console's log: a real file that grows as a guest's console does. */
 import assert from 'node:assert/strict';
-import { appendFileSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { appendFileSync, mkdtempSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { after, test } from 'node:test';
-import { ConsoleWatch, lastWords } from '../../src/vmm/qemu/console.ts';
+import { ConsoleLog, ConsoleWatch, lastWords, LOG_KEPT_BYTES } from '../../src/vmm/qemu/console.ts';
 
 const temporary = mkdtempSync(path.join(os.tmpdir(), 'gridvfs-console-'));
 after(() => rmSync(temporary, { recursive: true, force: true }));
@@ -80,4 +80,23 @@ test('last words are one readable line, without control characters and escape se
   assert.equal(await lastWords(log, 2), 'OK second / third');
   assert.equal(await lastWords(log, 9), 'first / OK second / third');
   assert.equal(await lastWords(path.join(temporary, 'none'), 3), '');
+});
+
+test('a console that talks without end takes a bounded space, and its last mebibyte is whole', () => {
+  const file = newLog();
+  const log = new ConsoleLog(file);
+  const line = `${'x'.repeat(1023)}\n`;
+  let text = '';
+  for (let round = 0; round < 6; round++) {
+    const part = line.repeat(1024);
+    appendFileSync(file, part);
+    text += part;
+    log.look();
+    // Without punchHole in ConsoleLog.look this grows to 6 MiB.
+    assert.ok(statSync(file).blocks * 512 <= 2 * LOG_KEPT_BYTES + 64 * 1024);
+  }
+  log.close();
+  const kept = readFileSync(file);
+  assert.equal(kept.length, text.length);
+  assert.equal(kept.subarray(-LOG_KEPT_BYTES).toString(), text.slice(-LOG_KEPT_BYTES));
 });

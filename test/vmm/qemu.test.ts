@@ -52,16 +52,23 @@ test('KVM is chosen only where the processor has vmx or svm, unless the operator
   assert.equal((await createQemu({ accelerator: 'kvm' }).probe()).accelerator, 'kvm');
 });
 
-test('a machine outlives a killed daemon, is not started over, and endLost ends it', async () => {
-  const folder = mkdtempSync(path.join(temporary, 'orphan-'));
+/** A machine in `folder`, started by a process that is killed then. */
+async function startByAnother(folder: string, then: string) {
   const disk = path.join(temporary, 'orphan.raw');
   writeFileSync(disk, '');
   truncateSync(disk, 1024 * 1024);
+  const description = {
+    name: 'orphan',
+    vcpus: 1,
+    memoryBytes: 64 * 1024 * 1024,
+    disks: [{ path: disk, format: 'raw' as const, readOnly: true }],
+    macAddress: '52:54:00:00:00:03',
+    network: 'none' as const,
+  };
   const program = `
     const { createQemu } = await import(${JSON.stringify(path.resolve('src/vmm/index.ts'))});
-    const machine = await createQemu().start({ name: 'orphan', vcpus: 1, memoryBytes: 64 << 20,
-      disks: [{ path: ${JSON.stringify(disk)}, format: 'raw', readOnly: true }],
-      macAddress: '52:54:00:00:00:03', network: 'none' }, ${JSON.stringify(folder)});
+    const machine = await createQemu().start(${JSON.stringify(description)}, ${JSON.stringify(folder)});
+    ${then}
     console.log(machine.status().pid, machine.status().state);
     setInterval(() => undefined, 1000);`;
   const daemon = spawn(process.execPath, ['--input-type=module', '-e', program], {
@@ -69,13 +76,41 @@ test('a machine outlives a killed daemon, is not started over, and endLost ends 
   });
   const line = await Promise.race([once(daemon.stdout, 'data'), once(daemon, 'exit')]);
   const [pid, state] = String(line[0]).trim().split(' ');
-  // Without a readyText nothing better is known than that it runs.
-  assert.equal(state, 'running');
   daemon.kill('SIGKILL');
   await once(daemon, 'exit');
+  return { pid, state, description };
+}
+
+test('a machine outlives a killed daemon, is adopted by the next one, and its end is noticed', async () => {
+  const folder = mkdtempSync(path.join(temporary, 'orphan-'));
+  const { pid, state, description } = await startByAnother(folder, '');
+  // Without a readyText nothing better is known than that it runs.
+  assert.equal(state, 'running');
   assert.ok(existsSync(`/proc/${pid}/exe`), 'QEMU went with the daemon');
-  assert.equal(await createQemu().endLost(folder), true);
+  // Adopted twice: the second time by whoever comes after one that let go of it.
+  const adopted = await createQemu().adopt(folder);
+  assert.deepEqual([adopted?.status().pid, adopted?.status().state], [Number(pid), 'running']);
+  await assert.rejects(createQemu().start(description, folder), failsWith('in-use', /still runs/));
+  process.kill(Number(pid), 'SIGKILL');
+  const { state: end, reason } = await adopted!.ended;
+  assert.equal(end, 'failed');
+  assert.match(reason!, /QEMU ended/);
+  assert.equal(await createQemu().adopt(folder), undefined);
+  assert.deepEqual(readdirSync(folder).toSorted(), ['console.log', 'qemu.log']);
+});
+
+test('a paused machine whose daemon was killed is adopted as it is, stops when it is told, and endLost ends another', async () => {
+  const folder = mkdtempSync(path.join(temporary, 'paused-'));
+  const { pid } = await startByAnother(folder, "await machine.execute('stop');");
+  const adopted = (await createQemu().adopt(folder))!;
+  assert.equal(adopted.status().state, 'paused');
+  await adopted.proceed();
+  assert.equal(adopted.status().state, 'running');
+  await adopted.stop(0);
+  assert.equal((await adopted.ended).state, 'stopped');
   assert.ok(!existsSync(`/proc/${pid}/exe`));
+  await startByAnother(folder, '');
+  assert.equal(await createQemu().endLost(folder), true);
   assert.deepEqual(readdirSync(folder).toSorted(), ['console.log', 'qemu.log']);
   assert.equal(await createQemu().endLost(folder), false);
 });

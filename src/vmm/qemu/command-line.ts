@@ -13,6 +13,8 @@ import type { Accelerator } from './accelerator.ts';
 /** Names in the machine's folder. */
 export const QMP_SOCKET = 'qmp.sock';
 export const CONSOLE_SOCKET = 'console.sock';
+export const IDENTITY_SOCKET = 'identity.sock';
+export const INCOMING_SOCKET = 'incoming.sock';
 export const CONSOLE_LOG = 'console.log';
 export const QEMU_LOG = 'qemu.log';
 export const PID_FILE = 'qemu.pid';
@@ -33,6 +35,23 @@ const KERNEL_COMMAND_LINE_BYTES_MAX = 2047;
 const DISK_CACHE = { direct: false, 'no-flush': false } as const;
 const DISK_OPTIONS = { discard: 'unmap', 'detect-zeroes': 'off', cache: DISK_CACHE } as const;
 
+/** Five-level page tables are a level more to walk, which an emulated processor does in software. */
+const PROCESSORS = { kvm: 'host', tcg: 'max,la57=off' } as const;
+/** Where its memory lies unless it is resumed. */
+export const RAM_NAME = 'memory-backend-memfd';
+const UUID = /^[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}$/i;
+
+/** What is not in the description. */
+export interface QemuChoices {
+  readonly accelerator: Accelerator;
+  /** Versioned, for a machine that is resumed; QEMU's newest otherwise. */
+  readonly machine?: string;
+  /** A memory image to map privately; the machine then waits for its device state. */
+  readonly memoryImage?: string;
+}
+
+export const processorOf = (accelerator: Accelerator): string => PROCESSORS[accelerator];
+
 const escaped = (text: string) => text.replaceAll(',', ',,');
 
 function refuse(name: string, what: string): never {
@@ -41,7 +60,7 @@ function refuse(name: string, what: string): never {
 
 /** Throws bad-request, naming what is wrong. Files are not looked at: they may lie on a mount of this process. */
 export function checkDescription(description: MachineDescription): void {
-  const { name, vcpus, memoryBytes, disks, boot, macAddress, network, readyText } = description;
+  const { name, vcpus, memoryBytes, disks, boot, macAddress, network, readyText, generationId } = description;
   // eslint-disable-next-line no-control-regex
   if (name === '' || name.length > NAME_LENGTH_MAX || /[\0-\x1f\x7f]/.test(name)) {
     refuse(name, `the name must have 1 to ${NAME_LENGTH_MAX} printable characters`);
@@ -82,12 +101,14 @@ export function checkDescription(description: MachineDescription): void {
   if (readyText !== undefined && (readyText === '' || /[\r\n]/.test(readyText))) {
     refuse(name, 'readyText must be part of one line, and not empty');
   }
+  if (generationId !== undefined && !UUID.test(generationId)) refuse(name, 'generationId must be a UUID');
 }
 
 /** QEMU's arguments for a checked description. Throws bad-request. */
-export function qemuArguments(description: MachineDescription, accelerator: Accelerator): string[] {
+export function qemuArguments(description: MachineDescription, choices: QemuChoices): string[] {
   checkDescription(description);
-  const { name, vcpus, memoryBytes, disks, boot, macAddress, network } = description;
+  const { name, vcpus, memoryBytes, disks, boot, macAddress, network, generationId = 'auto' } = description;
+  const { accelerator, machine = 'pc', memoryImage } = choices;
   const args: string[] = [];
   const add = (...words: string[]) => void args.push(...words);
   const addDevice = (options: Record<string, unknown>) => add('-device', JSON.stringify(options));
@@ -97,18 +118,32 @@ export function qemuArguments(description: MachineDescription, accelerator: Acce
   // No process of its own, no privilege, no system call that only old programs use.
   add('-sandbox', 'on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny');
   // Disks can be plugged into a running pc's only bus; q35 boots no slower, but would need a port for each.
-  add('-machine', 'pc,vmport=off,usb=off');
-  if (accelerator === 'kvm') {
-    add('-accel', 'kvm', '-cpu', 'host');
-  } else {
-    // Five-level page tables are a level more to walk, which an emulated processor does in software.
-    add('-accel', 'tcg,thread=multi', '-cpu', 'max,la57=off');
-  }
+  // The device state is loaded by itself, without the sections that precede and follow it in a migration.
+  add('-machine', `${machine},vmport=off,usb=off,memory-backend=ram,suppress-vmdesc=on`);
+  add('-global', 'migration.send-configuration=off');
+  add('-accel', accelerator === 'kvm' ? 'kvm' : 'tcg,thread=multi', '-cpu', processorOf(accelerator));
   add('-smp', String(vcpus), '-m', `size=${memoryBytes / MIB}M`);
+  const ram = { id: 'ram', size: memoryBytes };
+  if (memoryImage === undefined) {
+    add('-object', JSON.stringify({ 'qom-type': RAM_NAME, ...ram, share: true }));
+  } else {
+    add(
+      '-object',
+      JSON.stringify({ 'qom-type': 'memory-backend-file', ...ram, 'mem-path': memoryImage, share: false }),
+    );
+    add('-S', '-incoming', 'defer');
+  }
+  addDevice({ driver: 'vmgenid', guid: generationId });
   add('-pidfile', PID_FILE);
   add('-chardev', `socket,id=qmp,path=${QMP_SOCKET},server=on,wait=off`, '-mon', 'chardev=qmp,mode=control');
   add('-chardev', `socket,id=console,path=${CONSOLE_SOCKET},server=on,wait=off,logfile=${CONSOLE_LOG}`);
   add('-serial', 'chardev:console');
+  add(
+    '-chardev',
+    `socket,id=identity,path=${IDENTITY_SOCKET},server=on,wait=off`,
+    '-serial',
+    'chardev:identity',
+  );
   add('-object', 'rng-random,id=random,filename=/dev/urandom');
   addDevice({ driver: 'virtio-rng-pci', rng: 'random' });
   disks.forEach((disk, index) => {

@@ -2,10 +2,12 @@
  * What a guest's first serial console said. QEMU writes all of it to a log file, whether or not somebody is
  * attached to the console's socket; this reads that file, so the socket stays free for people and programs.
  */
-import { watch, type FSWatcher } from 'node:fs';
+import { closeSync, fstatSync, openSync, watch, type FSWatcher } from 'node:fs';
 import { open, type FileHandle } from 'node:fs/promises';
 import { StringDecoder } from 'node:string_decoder';
 import { errnoOf } from '../../core/errors.ts';
+import { MIB } from '../../core/limits.ts';
+import { punchHole } from '../../core/linux.ts';
 
 /** Looked at again even without a word from inotify, whose watches can run out. */
 const LOOK_INTERVAL_MS = 250;
@@ -16,6 +18,45 @@ const LAST_WORDS_BYTES = 4096;
 
 /** Linux's first words when it gives up; it then stands still, so waiting longer is no use. */
 const PANIC_TEXT = 'Kernel panic - not syncing';
+
+/** What is kept of a console's log at least, and how much more may gather before the rest is given back. */
+export const LOG_KEPT_BYTES = 1 * MIB;
+const LOG_EXCESS_BYTES = 1 * MIB;
+const LOG_LOOK_MS = 2000;
+
+/** Bounds the space of a log that somebody else appends to: what is old becomes a hole, so that no byte is lost and
+ * no reader has to look for its place again. */
+export class ConsoleLog {
+  readonly #file: string;
+  readonly #timer: NodeJS.Timeout;
+  #givenBackBytes = 0;
+
+  constructor(file: string) {
+    this.#file = file;
+    this.#timer = setInterval(() => this.look(), LOG_LOOK_MS);
+    this.#timer.unref();
+  }
+
+  look(): void {
+    try {
+      const fd = openSync(this.#file, 'r+');
+      try {
+        const end = fstatSync(fd).size - LOG_KEPT_BYTES;
+        if (end - this.#givenBackBytes < LOG_EXCESS_BYTES) return;
+        punchHole(fd, 0, end);
+        this.#givenBackBytes = end;
+      } finally {
+        closeSync(fd);
+      }
+    } catch {
+      // The machine is gone, or its disk has no holes; the log then grows.
+    }
+  }
+
+  close(): void {
+    clearInterval(this.#timer);
+  }
+}
 
 /** The text came, or the kernel gave up first, with this line. */
 export type ConsoleOutcome = 'ready' | { readonly panic: string };

@@ -6,27 +6,43 @@
  *      either --(guest powers down, stop())--> stopped
  *      either --(QEMU dies, is killed, exits with an error)-----------> failed, with the reason
  *
+ *   resume() -> paused --(proceed())--> running --(capture())--> paused
+ *
  * QEMU runs in a session of its own, so Ctrl-C at a terminal does not reach it, and it lives on when this process
- * dies: `killMachine` ends what an earlier process left. `ended` resolves after the process is gone and its sockets
+ * dies: `adopt` takes it up again, `killMachine` (folder.ts) ends it. `ended` resolves after the process is gone and its sockets
  * are removed; the logs stay. Nothing here touches a disk's file: it may lie on a mount that this process serves.
  */
-import { spawn, type ChildProcess } from 'node:child_process';
-import { once } from 'node:events';
-import { open, readFile, readlink, realpath, rm, stat, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { asGridError, errnoOf, GridError } from '../../core/errors.ts';
-import type { Machine, MachineDescription, MachineState, MachineStatus } from '../../core/machine.ts';
+import type {
+  Machine,
+  MachineCapture,
+  MachineDescription,
+  MachineFiles,
+  MachineState,
+  MachineStatus,
+} from '../../core/machine.ts';
 import type { Accelerator } from './accelerator.ts';
+import { compatibilityOf, copyMemory, loadDeviceState, saveDeviceState } from './checkpoint.ts';
 import {
   CONSOLE_LOG,
   CONSOLE_SOCKET,
-  PID_FILE,
+  IDENTITY_SOCKET,
   QEMU_LOG,
   QMP_SOCKET,
   qemuArguments,
 } from './command-line.ts';
-import { ConsoleWatch, lastWords } from './console.ts';
+import { ConsoleLog, ConsoleWatch, lastWords } from './console.ts';
+import {
+  KILL_TIMEOUT_MS,
+  prepareFolder,
+  readMachineRecord,
+  removeRunFiles,
+  runningPid,
+  writeMachineRecord,
+} from './folder.ts';
+import { adoptProcess, startProcess, type QemuProcess } from './process.ts';
 import { QmpClient, type QmpEvent } from './qmp.ts';
 
 /** From exec to an answer on QMP: libraries and disks on a slow mount are read meanwhile. */
@@ -34,8 +50,6 @@ const ANSWER_TIMEOUT_MS = 30_000;
 const CONNECT_INTERVAL_MS = 5;
 /** `quit` writes back what QEMU holds of the disks. */
 const QUIT_TIMEOUT_MS = 3_000;
-/** A killed process goes at once, unless it is stuck in a disk's I/O. */
-const KILL_TIMEOUT_MS = 10_000;
 /** A guest that is still booting misses the power button; it is pressed again. */
 const POWERDOWN_INTERVAL_MS = 2_000;
 /** How long after the exit QMP's last events may still be on their way. */
@@ -53,19 +67,33 @@ export interface StartOptions {
   readonly description: MachineDescription;
   readonly folder: string;
   readonly log: (line: string) => void;
+  /** Set for a machine that is resumed. */
+  readonly from?: {
+    /** Versioned machine type. */
+    readonly machine: string;
+    readonly memoryImage: string;
+    readonly deviceState: Uint8Array;
+  };
 }
 
-/** Status or signal, as in Node's 'exit' event. */
-type Exit = [code: number | null, signal: NodeJS.Signals | null];
+/** What is known of a machine that runs already. */
+interface Facts {
+  readonly memoryImage?: string;
+  readonly startedMs?: number;
+  readonly readyMs?: number;
+}
 
 export class QemuMachine implements Machine {
   readonly consoleSocket: string;
+  readonly identitySocket: string;
   readonly consoleLog: string;
   readonly ended: Promise<MachineStatus>;
-  readonly #options: StartOptions;
-  readonly #child: ChildProcess;
+  readonly #options: Omit<StartOptions, 'program' | 'from'>;
+  readonly #process: QemuProcess;
   readonly #startMs: number;
-  readonly #console: ConsoleWatch | undefined;
+  readonly #memoryImage: string | undefined;
+  readonly #log: ConsoleLog;
+  #console: ConsoleWatch | undefined;
   #qmp: QmpClient | undefined;
   #state: MachineState = 'starting';
   #reason: string | undefined;
@@ -76,66 +104,78 @@ export class QemuMachine implements Machine {
   #stopAsked = false;
   #stopping: Promise<void> | undefined;
 
-  private constructor(options: StartOptions, child: ChildProcess, exit: Promise<Exit>, startMs: number) {
-    const { folder, description } = options;
+  private constructor(options: Omit<StartOptions, 'program' | 'from'>, process: QemuProcess, facts: Facts) {
+    const { folder } = options;
     this.#options = options;
-    this.#child = child;
-    this.#startMs = startMs;
+    this.#process = process;
+    this.#startMs = performance.now();
+    this.#memoryImage = facts.memoryImage;
+    this.#startedMs = facts.startedMs;
+    this.#readyMs = facts.readyMs;
     this.consoleSocket = path.join(folder, CONSOLE_SOCKET);
+    this.identitySocket = path.join(folder, IDENTITY_SOCKET);
     this.consoleLog = path.join(folder, CONSOLE_LOG);
-    this.ended = exit.then(([code, signal]) => this.#end(code, signal));
-    if (description.readyText !== undefined) {
-      this.#console = new ConsoleWatch(this.consoleLog, description.readyText);
-      void this.#console.outcome.then((outcome) => {
-        if (outcome === 'ready') this.#becomeReady();
-        return this.#console?.close();
-      });
-    }
+    this.#log = new ConsoleLog(this.consoleLog);
+    this.ended = process.exited.then(([code, signal]) => this.#end(code, signal));
   }
 
   /** Starts QEMU and resolves when it answers on QMP; otherwise nothing of it is left but its log. */
   static async start(options: StartOptions): Promise<QemuMachine> {
-    const { program, accelerator, description, log } = options;
+    const { program, accelerator, description, log, from } = options;
     const folder = path.resolve(options.folder);
-    const args = qemuArguments(description, accelerator);
+    const args = qemuArguments(description, {
+      accelerator,
+      ...(from === undefined ? {} : { machine: from.machine, memoryImage: from.memoryImage }),
+    });
     await prepareFolder(folder);
-    let child: ChildProcess;
-    let exit: Promise<Exit>;
-    const startMs = performance.now();
-    const output = await open(path.join(folder, QEMU_LOG), 'w', 0o600);
+    let process: QemuProcess;
     try {
-      child = spawn(program, args, {
-        cwd: folder,
-        detached: true,
-        stdio: ['ignore', output.fd, output.fd],
-        env: { PATH: process.env['PATH'], LC_ALL: 'C' },
-      });
-      const started = child;
-      // From the first moment: it may be gone again before the next line of this function runs.
-      exit = new Promise((resolve) => started.once('exit', (...how: Exit) => resolve(how)));
-      await once(child, 'spawn');
-      child.on('error', (error) => log(`${description.name}: ${error.message}`));
+      process = await startProcess(program, args, folder, (text) => log(`${description.name}: ${text}`));
     } catch (error) {
       throw asGridError(error, `cannot start ${program} for ${description.name}`, 'vm-failed');
-    } finally {
-      await output.close();
     }
-    log(`${description.name}: ${program} started, pid ${child.pid}, ${accelerator}`);
-    const machine = new QemuMachine({ ...options, folder }, child, exit, startMs);
+    log(`${description.name}: ${program} started, pid ${process.pid}, ${accelerator}`);
+    const memory = from === undefined ? {} : { memoryImage: from.memoryImage };
+    const machine = new QemuMachine({ accelerator, description, folder, log }, process, memory);
     try {
+      if (from === undefined) machine.#watchConsole();
       await machine.#connect();
+      if (from === undefined) {
+        if (description.readyText === undefined) machine.#state = 'running';
+      } else {
+        await loadDeviceState(machine.#qmp!, folder, from.deviceState);
+        machine.#state = 'paused';
+      }
+      machine.#startedMs = performance.now() - machine.#startMs;
+      await machine.#record();
       return machine;
     } catch (error) {
-      child.kill('SIGKILL');
+      process.kill();
       await machine.ended;
       throw asGridError(error, `${description.name} did not start`, 'vm-failed');
     }
   }
 
+  /** The machine that an earlier process left running in the folder; undefined when there is none. */
+  static async adopt(folderPath: string, log: (line: string) => void): Promise<QemuMachine | undefined> {
+    const folder = path.resolve(folderPath);
+    const pid = await runningPid(folder);
+    if (pid === undefined) return undefined;
+    const { description, accelerator, ...facts } = await readMachineRecord(folder);
+    const machine = new QemuMachine({ accelerator, description, folder, log }, adoptProcess(pid), facts);
+    await machine.#connect();
+    const { status } = (await machine.#qmp!.execute('query-status')) as { status: string };
+    if (status !== 'running') machine.#state = 'paused';
+    else if (facts.readyMs !== undefined || description.readyText === undefined) machine.#state = 'running';
+    else machine.#watchConsole();
+    log(`${description.name}: pid ${pid} goes on`);
+    return machine;
+  }
+
   status(): MachineStatus {
     return {
       state: this.#state,
-      ...(this.#child.pid !== undefined && this.#isAlive() ? { pid: this.#child.pid } : {}),
+      ...(this.#isAlive() ? { pid: this.#process.pid } : {}),
       accelerator: this.#options.accelerator,
       ...(this.#reason === undefined ? {} : { reason: this.#reason }),
       ...(this.#startedMs === undefined ? {} : { startedMs: this.#startedMs }),
@@ -145,13 +185,13 @@ export class QemuMachine implements Machine {
 
   async ready(timeoutMs: number): Promise<void> {
     const { name, readyText } = this.#options.description;
+    if (this.#readyMs !== undefined) return;
     if (this.#console === undefined || readyText === undefined) {
       throw new GridError(
         'bad-request',
         `${name} was started without readyText, so nobody can know when it is ready`,
       );
     }
-    if (this.#readyMs !== undefined) return;
     const outcome = await within(timeoutMs, Promise.race([this.#console.outcome, this.ended]));
     if (outcome === 'ready' || this.#readyMs !== undefined) return;
     const words = (await lastWords(this.consoleLog, CONSOLE_LINES)) || 'nothing';
@@ -187,14 +227,69 @@ export class QemuMachine implements Machine {
     return this.#qmp.execute(command, commandArguments);
   }
 
+  async capture(files: MachineFiles): Promise<MachineCapture> {
+    const { description, folder, accelerator } = this.#options;
+    const before = this.#state;
+    await this.execute('stop');
+    this.#state = 'paused';
+    try {
+      await saveDeviceState(this.#qmp!, folder, files.deviceState);
+      return {
+        compatibility: await compatibilityOf(this.#qmp!, accelerator),
+        memoryWrittenBytes: await copyMemory(this.#process.pid, description, files.memory, this.#memoryImage),
+      };
+    } catch (error) {
+      if (this.#isAlive() && before !== 'paused')
+        await this.execute('cont').then(() => (this.#state = before));
+      throw asGridError(error, `${description.name} cannot be captured`, 'vm-failed');
+    }
+  }
+
+  async proceed(): Promise<void> {
+    await this.execute('cont');
+    this.#state = 'running';
+  }
+
   #isAlive(): boolean {
-    return this.#child.exitCode === null && this.#child.signalCode === null;
+    return this.#process.exit === undefined;
+  }
+
+  #watchConsole(): void {
+    const { readyText } = this.#options.description;
+    if (readyText === undefined) return;
+    const console = new ConsoleWatch(this.consoleLog, readyText);
+    this.#console = console;
+    void console.outcome.then((outcome) => {
+      if (outcome === 'ready') this.#becomeReady();
+      return console.close();
+    });
   }
 
   #becomeReady(): void {
     this.#readyMs = performance.now() - this.#startMs;
     if (this.#state === 'starting') this.#state = 'running';
     this.#options.log(`${this.#options.description.name}: ready after ${Math.round(this.#readyMs)} ms`);
+    // While it starts, `start` writes it.
+    if (this.#startedMs !== undefined) void this.#record();
+  }
+
+  /** Tells a later process what it needs to adopt this machine. */
+  async #record(): Promise<void> {
+    const { folder, description, accelerator } = this.#options;
+    try {
+      await writeMachineRecord(folder, {
+        schema: 1,
+        description,
+        accelerator,
+        ...(this.#memoryImage === undefined ? {} : { memoryImage: this.#memoryImage }),
+        ...(this.#startedMs === undefined ? {} : { startedMs: this.#startedMs }),
+        ...(this.#readyMs === undefined ? {} : { readyMs: this.#readyMs }),
+      });
+      // It ended meanwhile, and its files were removed.
+      if (!this.#isAlive()) await removeRunFiles(folder);
+    } catch (error) {
+      this.#options.log(`${description.name}: ${String(error)}`);
+    }
   }
 
   /** Connects to QMP as soon as QEMU has made its socket. */
@@ -225,8 +320,6 @@ export class QemuMachine implements Machine {
         await sleep(CONNECT_INTERVAL_MS);
       }
     }
-    this.#startedMs = performance.now() - this.#startMs;
-    if (description.readyText === undefined) this.#state = 'running';
   }
 
   async #startFailure(): Promise<GridError> {
@@ -243,11 +336,10 @@ export class QemuMachine implements Machine {
 
   /** QMP broke: QEMU is ending, so its exit says why. */
   async #describeLoss(): Promise<string> {
-    if (this.#isAlive()) {
-      await within(LAST_EVENTS_MS, new Promise((resolve) => this.#child.once('exit', resolve)));
-    }
+    this.#process.look();
+    if (this.#isAlive()) await within(LAST_EVENTS_MS, this.#process.exited);
     const words = await qemuWords(this.#options.folder);
-    return [describeExit(this.#child.exitCode, this.#child.signalCode), words].filter(Boolean).join(': ');
+    return [describeExit(...(this.#process.exit ?? [null, null])), words].filter(Boolean).join(': ');
   }
 
   async #end(code: number | null, signal: NodeJS.Signals | null): Promise<MachineStatus> {
@@ -256,8 +348,11 @@ export class QemuMachine implements Machine {
     if (this.#qmp !== undefined) await within(LAST_EVENTS_MS, this.#qmp.closed);
     this.#qmp?.close();
     await this.#console?.close();
+    this.#log.close();
     const asked = this.#stopAsked && this.#startedMs !== undefined;
-    const clean = code === 0 && this.#shutdown !== 'host-signal' && this.#startedMs !== undefined;
+    // Nobody hears an adopted process's status; that the guest powered down is heard by QMP.
+    const zero = code === 0 || (code === null && signal === null && this.#shutdown !== undefined);
+    const clean = zero && this.#shutdown !== 'host-signal' && this.#startedMs !== undefined;
     if (asked || clean) {
       this.#state = 'stopped';
     } else {
@@ -278,12 +373,12 @@ export class QemuMachine implements Machine {
     // QEMU may be gone between the look and the command; its end is what is waited for.
     await this.#qmp?.execute('quit', undefined, QUIT_TIMEOUT_MS).catch(() => undefined);
     if (await this.#endsWithin(QUIT_TIMEOUT_MS)) return;
-    this.#child.kill('SIGKILL');
+    this.#process.kill();
     if (await this.#endsWithin(KILL_TIMEOUT_MS)) return;
     const { name } = this.#options.description;
     throw new GridError(
       'vm-failed',
-      `${name} (pid ${this.#child.pid}) does not end: it waits for a disk that does not answer; see to its mount`,
+      `${name} (pid ${this.#process.pid}) does not end: it waits for a disk that does not answer; see to its mount`,
     );
   }
 
@@ -319,76 +414,11 @@ async function within<T>(timeoutMs: number, promise: Promise<T>): Promise<T | un
 
 function describeExit(code: number | null, signal: NodeJS.Signals | null): string {
   if (signal !== null) return `QEMU was killed by ${signal}`;
-  return code === null ? 'QEMU broke the connection' : `QEMU ended with status ${code}`;
+  return code === null ? 'QEMU ended' : `QEMU ended with status ${code}`;
 }
 
 /** What QEMU said last, without its name and without the option's text, which can be long JSON. */
 async function qemuWords(folder: string): Promise<string> {
   const words = await lastWords(path.join(folder, QEMU_LOG), QEMU_LINES);
   return words.replaceAll(/qemu-system-\w+: (?:-\w+ \{.*?\}: )?/g, '');
-}
-
-function removeRunFiles(folder: string): Promise<unknown> {
-  return Promise.all(
-    [QMP_SOCKET, CONSOLE_SOCKET, PID_FILE].map((name) => rm(path.join(folder, name), { force: true })),
-  );
-}
-
-/** A folder without leftovers, or in-use when a machine of an earlier process still runs in it. */
-async function prepareFolder(folder: string): Promise<void> {
-  try {
-    if (!(await stat(folder)).isDirectory()) throw new GridError('bad-request', `${folder} is no folder`);
-    const pid = await runningPid(folder);
-    if (pid !== undefined) {
-      throw new GridError('in-use', `a machine still runs in ${folder} (pid ${pid}); stop it first`);
-    }
-    await removeRunFiles(folder);
-    // QEMU keeps the file and its mode; an earlier run's words must not count for this one.
-    await writeFile(path.join(folder, CONSOLE_LOG), '', { mode: 0o600 });
-  } catch (error) {
-    throw asGridError(error, `cannot use ${folder} for a machine`);
-  }
-}
-
-/** The pid of the QEMU that runs in the folder: one named in its pid file and at home there. */
-async function runningPid(folder: string): Promise<number | undefined> {
-  try {
-    const pid = Number.parseInt(await readFile(path.join(folder, PID_FILE), 'utf8'), 10);
-    if (!Number.isSafeInteger(pid) || pid < 2) return undefined;
-    // The number may belong to another process by now; only ours has this folder as its working folder.
-    const home = await readlink(`/proc/${pid}/cwd`);
-    const program = await readlink(`/proc/${pid}/exe`);
-    const ours = home === (await realpath(folder)) && path.basename(program).startsWith('qemu-system');
-    return ours ? pid : undefined;
-  } catch (error) {
-    const errno = errnoOf(error);
-    if (errno === 'ENOENT' || errno === 'ESRCH' || errno === 'ENOTDIR') return undefined;
-    throw error;
-  }
-}
-
-/**
- * Ends at once whatever machine an earlier process left running in the folder, and removes its sockets. Resolves
- * with whether there was one. Throws vm-failed when it does not go, local-io.
- */
-export async function killMachine(folder: string): Promise<boolean> {
-  try {
-    const pid = await runningPid(folder);
-    if (pid === undefined) return false;
-    process.kill(pid, 'SIGKILL');
-    const deadlineMs = performance.now() + KILL_TIMEOUT_MS;
-    while ((await runningPid(folder)) === pid) {
-      if (performance.now() > deadlineMs) {
-        throw new GridError(
-          'vm-failed',
-          `QEMU in ${folder} (pid ${pid}) does not end: it waits for a disk that does not answer`,
-        );
-      }
-      await sleep(10);
-    }
-    await removeRunFiles(folder);
-    return true;
-  } catch (error) {
-    throw asGridError(error, `cannot end the machine in ${folder}`);
-  }
 }

@@ -2,8 +2,10 @@
 import { GridError } from '../../core/errors.ts';
 import type { Vmm } from '../../core/machine.ts';
 import { chooseAccelerator, findProgram, type Accelerator } from './accelerator.ts';
+import { checkCompatibility, readDeviceState } from './checkpoint.ts';
 import { checkDescription } from './command-line.ts';
-import { killMachine, QemuMachine } from './machine.ts';
+import { killMachine } from './folder.ts';
+import { QemuMachine } from './machine.ts';
 
 export interface QemuOptions {
   /** Name or path of the program; by default qemu-system-x86_64 from PATH. */
@@ -20,6 +22,12 @@ const PACKAGE = 'qemu-system-x86';
 export function createQemu(options: QemuOptions = {}): Vmm {
   const binary = options.binary ?? PROGRAM;
   const missing = `${binary} is not installed or not executable; it is in the Debian package ${PACKAGE}`;
+  const log = options.log ?? (() => undefined);
+  const findQemu = async () => {
+    const program = await findProgram(binary);
+    if (program === undefined) throw new GridError('unsupported', missing);
+    return { program, ...(await chooseAccelerator(options.accelerator ?? 'auto')) };
+  };
   return {
     name: 'qemu',
     async probe() {
@@ -28,17 +36,18 @@ export function createQemu(options: QemuOptions = {}): Vmm {
     },
     async start(description, folder) {
       checkDescription(description);
-      const program = await findProgram(binary);
-      if (program === undefined) throw new GridError('unsupported', missing);
-      const { accelerator } = await chooseAccelerator(options.accelerator ?? 'auto');
-      return QemuMachine.start({
-        program,
-        accelerator,
-        description,
-        folder,
-        log: options.log ?? (() => undefined),
-      });
+      const { program, accelerator } = await findQemu();
+      return QemuMachine.start({ program, accelerator, description, folder, log });
     },
+    async resume(description, folder, files, compatibility) {
+      checkDescription(description);
+      const { program, accelerator } = await findQemu();
+      await checkCompatibility(compatibility, accelerator, description.name);
+      const deviceState = await readDeviceState(files.deviceState);
+      const from = { machine: compatibility.machine, memoryImage: files.memory, deviceState };
+      return QemuMachine.start({ program, accelerator, description, folder, log, from });
+    },
+    adopt: (folder) => QemuMachine.adopt(folder, log),
     endLost: killMachine,
   };
 }
