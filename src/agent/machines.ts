@@ -105,6 +105,8 @@ export class Machines {
     catalog: MachineCatalog;
     /** Hears of starts; none when left out. */
     starts?: Starts;
+    /** The mount outlived the last daemon, so its VMs still have their disks. */
+    takeover?: boolean;
     log: (line: string) => void;
   }) {
     this.#vmm = parts.vmm;

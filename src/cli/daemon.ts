@@ -60,6 +60,8 @@ export interface DaemonOptions {
   readonly driver?: Driver;
   readonly passthrough?: boolean;
   readonly accelerator?: 'auto' | 'kvm' | 'tcg';
+  /** The mount is there already: the last daemon died, or makes room for this one. */
+  readonly takeover?: boolean;
   readonly ssh: SshOptions;
 }
 
@@ -168,6 +170,7 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
       folder: path.join(paths.runtime, 'vms'),
       clones,
       log,
+      takeover: options.takeover ?? false,
       ...(options.profiles === false ? {} : { starts: createStarts(cache, log) }),
       catalog: {
         resolve,
