@@ -1,7 +1,18 @@
 /** Calls of a proxy's control socket. Errors come back as the GridError that the proxy threw. */
 import http from 'node:http';
+import type { IncomingMessage } from 'node:http';
+import { createInterface } from 'node:readline';
 import type { ErrorCode } from '../core/errors.ts';
 import { asGridError, ERROR_CODES, errnoOf, GridError } from '../core/errors.ts';
+import { LINES_TYPE } from './long-call.ts';
+
+type Method = 'GET' | 'POST' | 'DELETE';
+
+export interface LongCallOptions {
+  readonly onProgress?: (done: number, total: number) => void;
+  /** Cancels the call; what it made is taken back by the proxy. */
+  readonly signal?: AbortSignal;
+}
 
 export class ControlClient {
   readonly #socketPath: string;
@@ -11,43 +22,83 @@ export class ControlClient {
   }
 
   /** One call; `T` is what the route answers (see control.ts). Throws not-found when nobody listens. */
-  async call<T>(method: 'GET' | 'POST' | 'DELETE', route: string, body?: unknown): Promise<T> {
-    const { status, text } = await this.#exchange(method, route, body);
-    const answer: unknown = JSON.parse(text);
-    if (status >= 200 && status < 300) return answer as T;
-    const { code, message } = answer as { code: string; message: string };
-    throw new GridError(code in ERROR_CODES ? (code as ErrorCode) : 'bug', message);
+  async call<T>(method: Method, route: string, body?: unknown): Promise<T> {
+    const response = await this.#send(method, route, body);
+    try {
+      const parts: Buffer[] = [];
+      for await (const part of response) parts.push(part as Buffer);
+      const answer: unknown = JSON.parse(Buffer.concat(parts).toString('utf8'));
+      const status = response.statusCode ?? 500;
+      if (status >= 200 && status < 300) return answer as T;
+      throw failureOf(answer);
+    } catch (error) {
+      throw this.#brokenOff(error);
+    }
   }
 
-  #exchange(method: string, route: string, body: unknown): Promise<{ status: number; text: string }> {
+  /** One call that tells how far it is (long-call.ts). Throws closed when it was cancelled. */
+  async longCall<T>(
+    method: Method,
+    route: string,
+    body: unknown,
+    { onProgress, signal }: LongCallOptions,
+  ): Promise<T> {
+    try {
+      const response = await this.#send(method, route, body, { accept: LINES_TYPE }, signal);
+      const lines = createInterface({ input: response, ...(signal ? { signal } : {}) });
+      for await (const text of lines) {
+        const line = JSON.parse(text) as { progress?: [number, number]; result?: T; error?: unknown };
+        if (line.progress) onProgress?.(...line.progress);
+        else if ('result' in line) return line.result;
+        // A refusal of the router has its code and message at the top.
+        else throw failureOf(line.error ?? line);
+      }
+    } catch (error) {
+      if (signal?.aborted) throw new GridError('closed', 'cancelled', { cause: error });
+      throw this.#brokenOff(error);
+    }
+    if (signal?.aborted) throw new GridError('closed', 'cancelled');
+    throw this.#brokenOff(new Error('it hung up'));
+  }
+
+  #brokenOff(error: unknown): GridError {
+    return asGridError(error, `the proxy at ${this.#socketPath} broke off`);
+  }
+
+  #send(
+    method: Method,
+    route: string,
+    body: unknown,
+    headers: Record<string, string> = {},
+    signal?: AbortSignal,
+  ): Promise<IncomingMessage> {
     return new Promise((resolve, reject) => {
-      const fail = (error: unknown) => {
+      const request = http.request({
+        socketPath: this.#socketPath,
+        method,
+        path: route,
+        agent: false,
+        headers: { ...headers, ...(body === undefined ? {} : { 'content-type': 'application/json' }) },
+        ...(signal ? { signal } : {}),
+      });
+      request.once('response', resolve);
+      request.on('error', (error) => {
         const gone = ['ECONNREFUSED', 'ENOENT'].includes(errnoOf(error) ?? '');
         reject(
           gone
             ? new GridError('not-found', `no proxy answers at ${this.#socketPath}`, { cause: error })
-            : asGridError(error, `the proxy at ${this.#socketPath} broke off`),
+            : this.#brokenOff(error),
         );
-      };
-      const request = http.request(
-        {
-          socketPath: this.#socketPath,
-          method,
-          path: route,
-          agent: false,
-          headers: body === undefined ? {} : { 'content-type': 'application/json' },
-        },
-        (response) => {
-          const parts: Buffer[] = [];
-          response.on('data', (part: Buffer) => parts.push(part));
-          response.on('end', () =>
-            resolve({ status: response.statusCode ?? 500, text: Buffer.concat(parts).toString('utf8') }),
-          );
-          response.on('error', fail);
-        },
-      );
-      request.on('error', fail);
+      });
       request.end(body === undefined ? undefined : JSON.stringify(body));
     });
   }
+}
+
+function failureOf(answer: unknown): GridError {
+  const { code, message } = Object(answer) as { code?: string; message?: string };
+  return new GridError(
+    code !== undefined && Object.hasOwn(ERROR_CODES, code) ? (code as ErrorCode) : 'bug',
+    message ?? 'the proxy failed without a reason',
+  );
 }

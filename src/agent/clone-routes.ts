@@ -7,16 +7,18 @@ import { CLONE_KINDS } from './clone-record.ts';
 import type { CloneKind, CloneRecord } from './clone-record.ts';
 import type { CloneDisk, CreateOptions } from './clone-parts.ts';
 import type { Clones } from './clones.ts';
+import { longCall } from './long-call.ts';
+import type { LongTask } from './long-call.ts';
 import { body, file, name, params, reference, sizeBytes } from './schemas.ts';
 
 /** What is done with whole clones and needs stores or archives; the daemon's wiring gives it. */
 export interface CloneWork {
-  /** A new version in the store at `store` (default: the proxy's own source, when that is a folder). */
-  commit(disk: CloneDisk, record: CloneRecord, request: CommitRequest): Promise<unknown>;
+  /** A new version in the store at `store` (default: the proxy's own source). */
+  commit(disk: CloneDisk, record: CloneRecord, request: CommitRequest, control: LongTask): Promise<unknown>;
   /** Writes the archive; a failure leaves nothing. Throws exists. */
-  export(disk: CloneDisk, record: CloneRecord, file: string): Promise<unknown>;
+  export(disk: CloneDisk, record: CloneRecord, file: string, control: LongTask): Promise<unknown>;
   /** Checks the archive and makes the clone of it; a failure leaves nothing. */
-  import(request: { file: string; name?: string; image?: string }): Promise<CloneRecord>;
+  import(request: { file: string; name?: string; image?: string }, control: LongTask): Promise<CloneRecord>;
 }
 
 export interface CommitRequest {
@@ -68,7 +70,10 @@ export function serveClones(app: FastifyInstance, parts: CloneRouteParts): void 
   app.post<{ Body: { file: string; name?: string; image?: string } }>(
     '/v1/clones/import',
     { schema: { body: body({ file, name, image: reference }, ['file']) } },
-    async (request) => clones.status((await cloneWork.import(request.body)).id),
+    (request, reply) =>
+      longCall(request, reply, async (control) =>
+        clones.status((await cloneWork.import(request.body, control)).id),
+      ),
   );
   app.get<Id>('/v1/clones/:id', { schema: { params } }, async (request) => clones.status(request.params.id));
   app.delete<Id>('/v1/clones/:id', { schema: { params } }, async (request) => {
@@ -102,17 +107,21 @@ export function serveClones(app: FastifyInstance, parts: CloneRouteParts): void 
         ),
       },
     },
-    (request) =>
-      clones.exclusive(request.params.id, 'committed', (disk, record) =>
-        cloneWork.commit(disk, record, request.body),
+    (request, reply) =>
+      longCall(request, reply, (control) =>
+        clones.exclusive(request.params.id, 'committed', (disk, record) =>
+          cloneWork.commit(disk, record, request.body, control),
+        ),
       ),
   );
   app.post<Id & { Body: { file: string } }>(
     '/v1/clones/:id/export',
     { schema: { params, body: body({ file }, ['file']) } },
-    (request) =>
-      clones.exclusive(request.params.id, 'exported', (disk, record) =>
-        cloneWork.export(disk, record, request.body.file),
+    (request, reply) =>
+      longCall(request, reply, (control) =>
+        clones.exclusive(request.params.id, 'exported', (disk, record) =>
+          cloneWork.export(disk, record, request.body.file, control),
+        ),
       ),
   );
 }

@@ -6,11 +6,13 @@ import type { CloneDisk, CloneParts } from '../agent/clone-parts.ts';
 import type { CloneRecord } from '../agent/clone-record.ts';
 import type { CloneWork } from '../agent/clone-routes.ts';
 import type { Clones } from '../agent/clones.ts';
+import type { LongTask } from '../agent/long-call.ts';
 import type { Digest } from '../core/bytes.ts';
 import { ChunkTable } from '../core/chunk-table.ts';
 import { GridError } from '../core/errors.ts';
 import { LAYER_BLOCK_BYTES } from '../core/limits.ts';
 import type { Manifest } from '../core/manifest.ts';
+import type { ChunkSource } from '../core/source.ts';
 import {
   blockChangeOf,
   changedUnits,
@@ -23,7 +25,8 @@ import {
   zeroImage,
 } from '../image/index.ts';
 import type { Chain, Clone } from '../image/index.ts';
-import { commitImage, openStore } from '../store/index.ts';
+import { commitImage, openStore, uploadImage } from '../store/index.ts';
+import type { Store } from '../store/index.ts';
 
 /** A `Clone` behind the agent's contract; the agent hands it back for commit and export. */
 type Disk = CloneDisk & { readonly clone: Clone };
@@ -83,49 +86,46 @@ async function dataRangesOf(cache: Cache, image: Digest): Promise<[start: number
 export interface CloneWorkParts {
   readonly cache: Cache;
   readonly clones: Clones;
-  /** The proxy's source when it is a folder on this host. */
+  readonly source: ChunkSource;
+  /** Where that is a folder on this host. */
   readonly storeFolder: string | undefined;
   readonly resolve: (reference: string) => Promise<{ digest: Digest; manifest: Manifest }>;
 }
 
-export function cloneWork({ cache, clones, storeFolder, resolve }: CloneWorkParts): CloneWork {
+export function cloneWork({ cache, clones, source, storeFolder, resolve }: CloneWorkParts): CloneWork {
   return {
-    async commit(disk, record, request) {
-      const folder = request.store ?? storeFolder;
-      if (folder === undefined) {
-        throw new GridError(
-          'bad-request',
-          'the images come over the network; name a store on this host that has the base, with --store FOLDER',
-        );
-      }
+    async commit(disk, record, request, control) {
       const { clone } = disk as Disk;
-      const store = await openStore(folder);
       const standalone = record.detached !== undefined;
-      try {
-        const { manifest, ...result } = await commitImage(store, {
-          parent: record.base,
-          reference: request.reference,
-          sizeBytes: disk.sizeBytes,
-          changed: (chunkBytes) => changedUnits(clone, chunkBytes, standalone),
-          isChanged: blockChangeOf(clone, standalone),
-          standalone,
-          read: (target, offsetBytes) => disk.read(target, offsetBytes),
-          labels: { ...provenanceOf(record), ...request.labels },
-        });
-        return {
-          ...result,
-          store: store.name,
-          sizeBytes: manifest.sizeBytes,
-          nonzeroBytes: manifest.nonzeroBytes,
-        };
-      } finally {
-        await store.close();
-      }
+      const options = {
+        ...control,
+        parent: record.base,
+        reference: request.reference,
+        sizeBytes: disk.sizeBytes,
+        changed: (chunkBytes: number) => changedUnits(clone, chunkBytes, standalone),
+        standalone,
+        read: (target: Uint8Array, offsetBytes: number) => disk.read(target, offsetBytes),
+        labels: { ...provenanceOf(record), ...request.labels },
+      };
+      const folder = request.store ?? storeFolder;
+      // A store on this host takes the unchanged blocks of a chunk from its own.
+      const { manifest, ...result } =
+        folder === undefined
+          ? await uploadImage(throughCache(source, cache), options)
+          : await withStore(folder, (store) =>
+              commitImage(store, { ...options, isChanged: blockChangeOf(clone, standalone) }),
+            );
+      return {
+        ...result,
+        store: folder ?? source.name,
+        sizeBytes: manifest.sizeBytes,
+        nonzeroBytes: manifest.nonzeroBytes,
+      };
     },
 
-    async export(disk, record, file) {
+    async export(disk, record, file, control) {
       const { labels } = await cache.readManifest(record.base);
-      return exportArchive(file, (disk as Disk).clone, {
+      const about = {
         id: record.id,
         image: record.image,
         base: record.base,
@@ -133,10 +133,11 @@ export function cloneWork({ cache, clones, storeFolder, resolve }: CloneWorkPart
         machine: Object.fromEntries(
           Object.entries(labels).filter(([key]) => key.startsWith('boot.') || key.startsWith('machine.')),
         ),
-      });
+      };
+      return exportArchive(file, (disk as Disk).clone, about, control);
     },
 
-    async import({ file, name, image }) {
+    async import({ file, name, image }, control) {
       const info = await readArchiveInfo(file);
       const wanted = image === undefined ? undefined : (await resolve(image)).digest;
       if (wanted !== undefined && wanted !== info.base) {
@@ -160,7 +161,7 @@ export function cloneWork({ cache, clones, storeFolder, resolve }: CloneWorkPart
         name: name ?? info.id,
         kind: info.standalone ? 'full' : 'persistent',
         ...(info.standalone ? { detached: info.base } : {}),
-        content: (chain) => fillFromArchive(file, chain),
+        content: (chain) => fillFromArchive(file, chain, control),
       });
     },
   };
@@ -179,15 +180,36 @@ export function cloneWork({ cache, clones, storeFolder, resolve }: CloneWorkPart
   }
 }
 
-async function fillFromArchive(file: string, chain: Chain): Promise<void> {
+/** What a clone was made of is in the cache; only what is new goes to the source. */
+function throughCache(source: ChunkSource, cache: Cache) {
+  const near = cache.asSource();
+  return {
+    name: source.name,
+    uploads: source.uploads,
+    readManifest: (digest: Digest) => near.readManifest(digest),
+    readTable: (digest: Digest) => near.readTable(digest),
+  };
+}
+
+async function withStore<T>(folder: string, task: (store: Store) => Promise<T>): Promise<T> {
+  const store = await openStore(folder);
+  try {
+    return await task(store);
+  } finally {
+    await store.close();
+  }
+}
+
+async function fillFromArchive(file: string, chain: Chain, control: LongTask): Promise<void> {
   const layer = await openChain(chain);
   const clone = openClone(zeroImage(), layer);
   try {
-    await readArchive(path.resolve(file), {
-      write: (bytes, offsetBytes) => clone.write(bytes, offsetBytes),
+    const target = {
+      write: (bytes: Uint8Array, offsetBytes: number) => clone.write(bytes, offsetBytes),
       // Over the base, not over the nothing that the clone lies on now.
-      zero: (first, count) => layer.trimBlocks(first, first + count - 1, Infinity),
-    });
+      zero: (first: number, count: number) => layer.trimBlocks(first, first + count - 1, Infinity),
+    };
+    await readArchive(path.resolve(file), target, control);
     await clone.flush();
   } finally {
     await clone.close();

@@ -253,6 +253,7 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
       cloneWork: cloneWork({
         cache,
         clones,
+        source,
         storeFolder: source instanceof Store ? source.name : undefined,
         resolve,
       }),

@@ -69,6 +69,16 @@ function paddedJson(value: unknown): Buffer {
   return Buffer.concat([text, Buffer.alloc(padded(text.length) - text.length, ' ')]);
 }
 
+/** Hears how far it is, in bytes of data, and may end it with `closed`. */
+export interface ArchiveWatch {
+  readonly onProgress?: (doneBytes: number, totalBytes: number) => void;
+  readonly signal?: AbortSignal;
+}
+
+function checkCancelled({ signal }: ArchiveWatch, file: string): void {
+  if (signal?.aborted) throw new GridError('closed', `the work on ${file} was cancelled`);
+}
+
 /**
  * Writes the clone to `file`, which must not exist; nobody writes to the clone meanwhile. Durable when it resolves;
  * a failure leaves nothing. Throws exists, no-space, and what reads of the clone throw.
@@ -77,6 +87,7 @@ export async function exportArchive(
   file: string,
   clone: Clone,
   about: Pick<ArchiveInfo, 'id' | 'image' | 'base' | 'standalone' | 'machine'>,
+  watch: ArchiveWatch = {},
 ): Promise<ArchiveInfo> {
   const runs = [...changedRuns(clone)].filter(({ zero }) => !(zero && about.standalone));
   const info: ArchiveInfo = {
@@ -96,7 +107,8 @@ export async function exportArchive(
   }
   const partial = `${file}.partial`;
   const pack = tar.pack();
-  const feeding = feed(pack, info, runs, clone).then(
+  const look = { check: () => checkCancelled(watch, file), told: watch.onProgress ?? (() => {}) };
+  const feeding = feed(pack, info, runs, clone, look).then(
     () => pack.finalize(),
     (error: unknown) => pack.destroy(error instanceof Error ? error : new Error(String(error))),
   );
@@ -118,6 +130,7 @@ async function feed(
   info: ArchiveInfo,
   runs: readonly ChangeRun[],
   clone: Clone,
+  look: { check(): void; told(doneBytes: number, totalBytes: number): void },
 ): Promise<void> {
   const digests: Record<string, Digest> = {};
   const put = (name: EntryName, bytes: Buffer) => {
@@ -141,14 +154,21 @@ async function feed(
     { name: 'data', mode: 0o600, size: info.dataBlocks * LAYER_BLOCK_BYTES },
     (error) => (error ? ended.reject(error) : ended.resolve()),
   );
+  // A pack that is destroyed says so here too, and nobody else listens: the failure itself is thrown below.
+  entry.on('error', () => {});
+  ended.promise.catch(() => {});
+  let doneBytes = 0;
   for (const { first, count, zero } of runs) {
     if (zero) continue;
+    look.check();
     const end = (first + count) * LAYER_BLOCK_BYTES;
     for (let at = first * LAYER_BLOCK_BYTES; at < end; at += PIECE_BYTES) {
       const piece = Buffer.alloc(Math.min(PIECE_BYTES, end - at));
       await clone.read(piece.subarray(0, Math.min(piece.length, clone.sizeBytes - at)), at);
       digest.update(piece);
       if (!entry.write(piece)) await Promise.race([once(entry, 'drain'), ended.promise]);
+      look.told((doneBytes += piece.length), info.dataBlocks * LAYER_BLOCK_BYTES);
+      look.check();
     }
   }
   entry.end(Buffer.alloc(0));
@@ -186,15 +206,19 @@ async function infoOf(file: string): Promise<ArchiveInfo> {
 
 /** Puts the archive's content into `target`. Resolved means that every byte was what its digest says; when it
  * throws (bad-format, corrupt, what `target` throws), what it has written is worth nothing. */
-export async function readArchive(file: string, target: ArchiveTarget): Promise<void> {
+export async function readArchive(
+  file: string,
+  target: ArchiveTarget,
+  watch: ArchiveWatch = {},
+): Promise<void> {
   try {
-    await copyOut(file, target);
+    await copyOut(file, target, watch);
   } catch (error) {
     throw asGridError(error, `cannot read the archive ${file}`, 'bad-format');
   }
 }
 
-async function copyOut(file: string, target: ArchiveTarget): Promise<void> {
+async function copyOut(file: string, target: ArchiveTarget, watch: ArchiveWatch): Promise<void> {
   const found: Record<string, Digest> = {};
   let info: ArchiveInfo | undefined;
   let runs: ChangeRun[] = [];
@@ -216,7 +240,16 @@ async function copyOut(file: string, target: ArchiveTarget): Promise<void> {
       if (bytes !== info!.dataBlocks * LAYER_BLOCK_BYTES)
         throw damaged(file, 'its data is not as long as it says');
       for (const { first, count, zero } of runs) if (zero) await target.zero(first, count);
-      found[name] = await copyData(stream, runs, info!, target, file);
+      let doneBytes = 0;
+      const watched: ArchiveTarget = {
+        zero: (first, count) => target.zero(first, count),
+        async write(bytes, offsetBytes) {
+          checkCancelled(watch, file);
+          await target.write(bytes, offsetBytes);
+          watch.onProgress?.((doneBytes += bytes.length), info!.dataBlocks * LAYER_BLOCK_BYTES);
+        },
+      };
+      found[name] = await copyData(stream, runs, info!, watched, file);
     } else {
       const digests = parseJson(await collect(stream, bytes, JSON_BYTES_MAX, file), file);
       for (const [entry, digest] of Object.entries(found)) {

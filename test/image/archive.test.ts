@@ -244,3 +244,29 @@ test('a path outside, a link, a bomb of a size, a wild run and foreign entries a
   assert.equal(((await importInto(await forge({ schema: 2 as 1 }, same))) as GridError).code, 'newer-format');
   assert.equal(((await importInto(path.join(folder, 'nothing.tar'))) as GridError).code, 'not-found');
 });
+
+test('an export that fails or is cancelled in the middle throws that, leaves no file, and ends nothing else', async () => {
+  const clone = await newClone();
+  try {
+    // Larger than the stream's buffers, so that the tar is being written when it happens.
+    await clone.write(Buffer.alloc(90 * BLOCK, 7), 0);
+    const target = path.join(folder, 'failed.tar');
+    const stop = new AbortController();
+    await assert.rejects(
+      exportArchive(target, clone, ABOUT, { signal: stop.signal, onProgress: () => stop.abort() }),
+      hasCode('closed'),
+    );
+    const failing = new Proxy(clone, {
+      get: (real, key) =>
+        key === 'read'
+          ? () => Promise.reject(new GridError('local-io', 'the disk died'))
+          : (Reflect.get(real, key, real) as unknown),
+    });
+    await assert.rejects(exportArchive(target, failing, ABOUT), hasCode('local-io'));
+    // Whatever a stream says later would end this process.
+    await new Promise((resolve) => setTimeout(resolve, 50));
+    assert.deepEqual([existsSync(target), existsSync(`${target}.partial`)], [false, false]);
+  } finally {
+    await clone.close();
+  }
+});

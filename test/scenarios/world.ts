@@ -94,12 +94,12 @@ export class World {
   }
 
   /** `gridvfs server` with the ssh endpoint on a free loopback port. */
-  async server(): Promise<ServerHandle> {
+  async server(...options: string[]): Promise<ServerHandle> {
     const child = spawn(
       process.execPath,
       [
         ...[MAIN, 'server', this.store, '--ssh', '127.0.0.1:0', '--authorized-keys', this.authorizedKeys],
-        ...['--host-key', path.join(this.folder, 'host_key'), '--json'],
+        ...['--host-key', path.join(this.folder, 'host_key'), '--json', ...options],
       ],
       { stdio: ['ignore', 'pipe', 'inherit'], env: this.environment },
     );

@@ -1,0 +1,189 @@
+/** gridvfs clone commit|export|import: what takes clones elsewhere, by calls of the proxy's control socket and qemu-img. */
+import { spawn } from 'node:child_process';
+import { existsSync } from 'node:fs';
+import { rename, rm } from 'node:fs/promises';
+import path from 'node:path';
+import type { Command } from 'commander';
+import type { ControlClient } from '../agent/client.ts';
+import type { CloneStatus } from '../agent/clones.ts';
+import { asGridError, errnoOf, GridError } from '../core/errors.ts';
+import { diskOf, routeOf } from './clone-routes.ts';
+import { abortOnSignals, bytesText, jsonOption, Progress, show, verb } from './kit.ts';
+import { findProxy, withProxyOption } from './registry.ts';
+
+interface Options {
+  json?: boolean;
+  proxy?: string;
+}
+
+/** A call that takes long, with its progress; Ctrl-C cancels it. */
+async function longCall<T>(
+  client: ControlClient,
+  what: string,
+  options: Options,
+  route: string,
+  body: unknown,
+): Promise<T> {
+  const progress = new Progress(what, options);
+  try {
+    return await client.longCall<T>('POST', route, body, {
+      signal: abortOnSignals(),
+      onProgress: (done, total) => progress.update(done, total),
+    });
+  } finally {
+    progress.end();
+  }
+}
+
+export function commitVerb(): Command {
+  return withProxyOption(
+    verb('commit', 'Make a new version of the image from a stopped clone. Only what changed is stored.', [
+      'gridvfs clone commit work debian:12-mine',
+      'gridvfs clone commit work debian:12-mine --store /srv/store --label libraries=openmpi',
+    ]),
+  )
+    .argument('<clone>')
+    .argument('<new>', 'name:version to make')
+    .option(
+      '--store <folder>',
+      "a store on this host; default: the proxy's source, which has to accept uploads where it is remote",
+    )
+    .option('--label <KEY=VALUE>', 'a label of the new version; may be given several times', collectLabel)
+    .addOption(jsonOption())
+    .action(
+      async (
+        id: string,
+        target: string,
+        options: Options & { store?: string; label?: Record<string, string> },
+      ) => {
+        const { client } = await findProxy(options.proxy);
+        const result = await longCall<{
+          digest: string;
+          changedChunks: number;
+          newChunks: number;
+          newStoredBytes: number;
+        }>(client, `commit ${id}`, options, routeOf(id, '/commit'), {
+          reference: target,
+          ...(options.store === undefined ? {} : { store: path.resolve(options.store) }),
+          ...(options.label === undefined ? {} : { labels: options.label }),
+        });
+        show(options, result, () =>
+          [
+            `${target} is ${result.digest}`,
+            `${result.changedChunks} chunks had changes; ${result.newChunks} were new, ${bytesText(result.newStoredBytes)} compressed`,
+          ].join('\n'),
+        );
+      },
+    );
+}
+
+function collectLabel(text: string, before: Record<string, string> = {}): Record<string, string> {
+  const at = text.indexOf('=');
+  if (at < 1) throw new GridError('bad-request', `'${text}' is not a label: write KEY=VALUE`);
+  return { ...before, [text.slice(0, at)]: text.slice(at + 1) };
+}
+
+export function exportVerb(): Command {
+  return withProxyOption(
+    verb('export', 'Write a stopped clone to one file, for another host or for use without gridvfs.', [
+      'gridvfs clone export work work.tar',
+      'gridvfs clone export work work.qcow2 --qcow2              # needs nothing else',
+      'gridvfs clone export work work.qcow2 --qcow2 --backing /srv/debian-12.raw',
+    ]),
+  )
+    .argument('<clone>')
+    .argument('<file>', 'must not exist')
+    .option('--qcow2', 'a qcow2 disk instead of the archive that `clone import` takes')
+    .option('--backing <raw>', 'with --qcow2: only what differs from this raw file, which it will need')
+    .addOption(jsonOption())
+    .action(async (id: string, file: string, options: Options & { qcow2?: boolean; backing?: string }) => {
+      const { client, record } = await findProxy(options.proxy);
+      const target = path.resolve(file);
+      if (existsSync(target)) {
+        throw new GridError('exists', `${target} is there already; choose another name or remove it`);
+      }
+      if (!options.qcow2) {
+        if (options.backing !== undefined) throw new GridError('bad-request', '--backing goes with --qcow2');
+        const info = await longCall<{ dataBlocks: number }>(
+          client,
+          `export ${id}`,
+          options,
+          routeOf(id, '/export'),
+          { file: target },
+        );
+        return show(options, { ...info, file: target }, () => `exported ${id} to ${target}`);
+      }
+      const clone = await client.call<CloneStatus>('GET', routeOf(id));
+      if (clone.open)
+        throw new GridError('in-use', `clone '${id}' is open; stop its VM or close its file first`);
+      const disk = diskOf(record, id);
+      await exportQcow2(
+        disk,
+        target,
+        options.backing === undefined ? undefined : path.resolve(options.backing),
+      );
+      show(options, { file: target }, () => `exported ${id} to ${target}`);
+    });
+}
+
+/** Under another name until it is whole. */
+async function exportQcow2(disk: string, target: string, backing: string | undefined): Promise<void> {
+  const partial = `${target}.partial`;
+  try {
+    if (backing === undefined) {
+      await qemuImg('convert', '-f', 'raw', '-O', 'qcow2', disk, partial);
+    } else {
+      // An overlay over the clone itself, which then takes in whatever the other backing file has not.
+      await qemuImg('create', '-q', '-f', 'qcow2', '-b', disk, '-F', 'raw', partial);
+      await qemuImg('rebase', '-f', 'qcow2', '-b', backing, '-F', 'raw', partial);
+    }
+    await rename(partial, target);
+  } catch (error) {
+    throw asGridError(error, `cannot export to ${target}`);
+  } finally {
+    await rm(partial, { force: true });
+  }
+}
+
+function qemuImg(...args: string[]): Promise<void> {
+  return new Promise((resolve, reject) => {
+    const child = spawn('qemu-img', args, { stdio: ['ignore', 'ignore', 'pipe'] });
+    let errors = '';
+    child.stderr.on('data', (part: Buffer) => (errors = (errors + part.toString('utf8')).slice(-1000)));
+    child.on('error', (error) =>
+      reject(
+        errnoOf(error) === 'ENOENT'
+          ? new GridError('unsupported', 'qemu-img is not here; install qemu-utils')
+          : error,
+      ),
+    );
+    child.on('close', (code) => {
+      if (code === 0) resolve();
+      else reject(new GridError('local-io', `qemu-img ${args[0]} failed: ${errors.trim()}`));
+    });
+  });
+}
+
+export function importVerb(): Command {
+  return withProxyOption(
+    verb(
+      'import',
+      'Make a persistent clone from an archive that `clone export` wrote, also on another host.',
+      ['gridvfs clone import work.tar', 'gridvfs clone import work.tar --name copy --image debian:12'],
+    ),
+  )
+    .argument('<file>')
+    .option('--name <name>', 'another name than it had')
+    .option('--image <image>', 'refuse it unless it belongs over this image')
+    .addOption(jsonOption())
+    .action(async (file: string, options: Options & { name?: string; image?: string }) => {
+      const { client, record } = await findProxy(options.proxy);
+      const clone = await longCall<CloneStatus>(client, 'import', options, '/v1/clones/import', {
+        file: path.resolve(file),
+        ...(options.name === undefined ? {} : { name: options.name }),
+        ...(options.image === undefined ? {} : { image: options.image }),
+      });
+      const disk = diskOf(record, clone.id);
+      show(options, { ...clone, disk }, () => `${clone.id}\n${disk}`);
+    });
+}
