@@ -1,7 +1,8 @@
 /**
- * What is known of each chunk of one image while it is in use, one byte per chunk and array: `states` and `touched`
- * are shared with worker threads (src/core/image.ts), the rest is the main thread's. Only the main thread changes a
- * state; workers read it and set `touched`.
+ * What is known of each chunk of one image while it is in use, one entry per chunk and array: `states`, `touched` and
+ * the expected hashes are shared with worker threads (src/core/image.ts), the rest is the main thread's. Workers set
+ * `touched`, and change a state in one way: UNVERIFIED → PRESENT, by compareExchange, when they have hashed the chunk.
+ * So what this thread found UNVERIFIED may be PRESENT a moment later; nothing else changes under its hands.
  *
  * Recency: `touched` is the only sign of use that every reader leaves (workers, kept pages and passthrough are
  * invisible to a list in the main thread). It is harvested now and then into `#usedAt`, a generation number per
@@ -37,11 +38,14 @@ export class ChunkStates {
   readonly table: ChunkTable;
   readonly stateBytes: SharedArrayBuffer;
   readonly touchedBytes: SharedArrayBuffer;
+  readonly hashBytes: SharedArrayBuffer;
   readonly touched: Uint8Array;
   /** Chunks of data that are on this disk, verified or not. */
   presentChunks = 0;
   presentBytes = 0;
   readonly #states: Uint8Array;
+  /** xxhash64 of each chunk of data that is or was on the disk; 0 where the main thread has to look. */
+  readonly #hashes: BigUint64Array;
   /** Survives the image's close (see ImageFigures). */
   readonly #notes: Uint8Array;
   readonly #usedAt: Uint32Array;
@@ -53,8 +57,10 @@ export class ChunkStates {
     // All are pages of zeros until touched: `touched` of an image nobody reads costs nothing.
     this.stateBytes = new SharedArrayBuffer(count);
     this.touchedBytes = new SharedArrayBuffer(count);
+    this.hashBytes = new SharedArrayBuffer(count * BigUint64Array.BYTES_PER_ELEMENT);
     this.#states = new Uint8Array(this.stateBytes);
     this.touched = new Uint8Array(this.touchedBytes);
+    this.#hashes = new BigUint64Array(this.hashBytes);
     this.#notes = notes;
     this.#usedAt = new Uint32Array(count);
     this.#states.fill(UNIT_PRESENT);
@@ -74,6 +80,11 @@ export class ChunkStates {
   /** A chunk that is on the disk becomes PRESENT, UNVERIFIED or AHEAD. */
   set(index: number, state: typeof UNIT_PRESENT | typeof UNIT_UNVERIFIED | typeof UNIT_AHEAD): void {
     Atomics.store(this.#states, index, state);
+  }
+
+  /** The hash that a chunk of data is to have when it is looked at again. */
+  expect(index: number, hash: bigint): void {
+    Atomics.store(this.#hashes, index, hash);
   }
 
   /** ABSENT → PRESENT or AHEAD. */
@@ -101,10 +112,11 @@ export class ChunkStates {
   adopt(files: ImageFiles): void {
     const { sizeBytes, chunkBytes } = this.manifest;
     const states = this.#states;
-    scanRecords(files.mapFd, states.length, (index) => {
+    scanRecords(files.mapFd, states.length, (index, record) => {
       // A record for a chunk of zeros is damage without consequence: such a chunk is judged by its bytes.
       if (index >= states.length || states[index] !== UNIT_ABSENT) return;
       states[index] = UNIT_UNVERIFIED;
+      this.expect(index, record);
       this.presentChunks++;
       this.presentBytes += chunkLengthOf(this.manifest, index);
     });

@@ -4,6 +4,7 @@
  */
 import { closeSync, constants, fstatSync, openSync } from 'node:fs';
 import { isAllZero } from '../src/core/bytes.ts';
+import { chunkHash } from '../src/core/chunk-hash.ts';
 import { DirectFile } from '../src/core/direct-io.ts';
 import type { DirectMap } from '../src/core/image.ts';
 import { punchHole } from '../src/core/linux.ts';
@@ -18,7 +19,6 @@ import {
   punchRuns,
   readFull,
   readRecord,
-  recordOf,
   syncData,
   writeFull,
   writeRecords,
@@ -124,6 +124,7 @@ export class ImageDisk {
         unitBytes: this.#shape.chunkBytes,
         states: this.#states.stateBytes,
         touched: this.#states.touchedBytes,
+        hashes: this.#states.hashBytes,
       },
     };
     this.#directFile = new DirectFile(this.#direct);
@@ -143,7 +144,7 @@ export class ImageDisk {
     if (this.#states.table.entryOf(index) < 0) return isAllZero(plain) ? plain : undefined;
     // The record of a chunk that was stored a moment ago is still on its way to the map.
     const record = this.#commits?.recordOf(index) ?? readRecord(mapFd, index);
-    return recordOf(plain) === record ? plain : undefined;
+    return chunkHash(plain) === record ? plain : undefined;
   }
 
   /** Makes a chunk of zeros a hole again; false when the disk refuses. */
@@ -177,8 +178,10 @@ export class ImageDisk {
     const start = index * this.#shape.chunkBytes;
     if (!(await copyTo?.(dataFd, start))) await writeFull(dataFd, plain, start);
     if (failuresBefore !== commits.syncFailures) return false;
+    const record = chunkHash(plain);
+    this.#states.expect(index, record);
     written();
-    commits.add(index, recordOf(plain), plain.length);
+    commits.add(index, record, plain.length);
     return true;
   }
 

@@ -4,7 +4,8 @@
  * States of a chunk (chunk-states.ts; one byte each, read by worker threads without asking):
  *   ABSENT      not here; fetched on its first read
  *   UNVERIFIED  the map has a record from an earlier run, or a chunk of zeros has data on the disk; hashed on its
- *               first read → PRESENT, or counted, and fetched (zeroed) again
+ *               first read → PRESENT, or counted, and fetched (zeroed) again. A worker that reads it hashes it
+ *               itself and comes here only with one that is wrong
  *   PRESENT     the kernel has the right bytes in `data`; chunks of zeros are PRESENT holes from the start
  *   AHEAD       as PRESENT; its first reader comes here and more is read ahead → PRESENT
  *   EVICTING    no longer readable, its space is being given back → ABSENT
@@ -268,7 +269,7 @@ export class ImageFile {
     flight.demanded = true;
     flight.marked = false;
     if (this.table.entryOf(index) >= 0) {
-      if (this.states.get(index) !== UNIT_UNVERIFIED) this.figures.missedChunks++;
+      if (!this.states.isHere(index)) this.figures.missedChunks++;
       this.#context.fetcher.promote(this.refOf(index));
     }
     this.#readOn(index);
@@ -278,7 +279,8 @@ export class ImageFile {
   async #fly(index: number, flight: Flight): Promise<Buffer> {
     if (this.#closed) throw this.#closedError();
     const { space, siblings, fetcher } = this.#context;
-    if (this.states.get(index) === UNIT_UNVERIFIED) {
+    // UNVERIFIED, or a worker has just hashed it.
+    if (this.states.isHere(index)) {
       const plain = await this.#verify(index);
       if (plain) {
         this.#flights.delete(index);
@@ -318,7 +320,7 @@ export class ImageFile {
     return bytes;
   }
 
-  /** Bytes of an UNVERIFIED chunk, which becomes PRESENT; undefined when it is wrong and has to be fetched. */
+  /** Bytes of a chunk that is here, which becomes PRESENT; undefined when it is wrong and has to be fetched. */
   async #verify(index: number): Promise<Buffer | undefined> {
     const { folder } = this.#disk;
     try {

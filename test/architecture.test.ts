@@ -12,13 +12,13 @@ const ROOT = path.resolve(import.meta.dirname, '..');
 
 /** Folders whose files form one unit, with the packages each may import. */
 const FOLDERS: Record<string, { packages: string[]; folders?: string[] }> = {
-  'src/core': { packages: ['koffi'] },
+  'src/core': { packages: ['koffi', 'xxhash-wasm'] },
   'src/store': { packages: [] },
   'src/image': { packages: ['tar-stream'] },
   'src/frontend/fuse': { packages: ['koffi', 'fuse-native'] },
   'src/vmm': { packages: [] },
   'src/agent': { packages: ['fastify', 'prom-client'] },
-  cache: { packages: ['lru-cache', 'xxhash-wasm'] },
+  cache: { packages: ['lru-cache'] },
   proxy: { packages: ['fastify', 'prom-client', 'ssh2'] },
   'src/cli': {
     packages: ['commander', 'cli-progress', 'smol-toml'],

@@ -31,13 +31,18 @@ import {
   BLOCK_FROZEN,
   BLOCK_ZERO,
   UNIT_PRESENT,
+  UNIT_UNVERIFIED,
 } from './image.ts';
 import type { DirectLayer, DirectMap } from './image.ts';
+import { chunkHash } from './chunk-hash.ts';
 import { GridError } from './errors.ts';
 import { FUSE_REQUEST_BYTES_MAX, LAYER_BLOCK_BYTES } from './limits.ts';
 
 /** Most blocks that one direct write touches: a largest request that starts in the middle of a block. */
 const WRITE_BLOCKS_MAX = FUSE_REQUEST_BYTES_MAX / LAYER_BLOCK_BYTES + 1;
+
+/** A unit while this thread hashes it: one for all files, as large as the largest unit so far. */
+let scratch = Buffer.alloc(0);
 
 const DATA_BYTES = Buffer.alloc(WRITE_BLOCKS_MAX, BLOCK_DATA);
 
@@ -50,6 +55,8 @@ export class DirectFile {
   readonly map: DirectMap;
   readonly #unitStates: Uint8Array;
   readonly #touched: Uint8Array;
+  /** What UNVERIFIED units are hashed against; undefined where this object leaves that to the main thread. */
+  readonly #hashes: BigUint64Array | undefined;
   /** Where the base's own file ends: beyond it a read is zeros, before it a short read is damage. */
   readonly #baseFileBytes: number;
   readonly #blockStates: Uint8Array | undefined;
@@ -60,11 +67,13 @@ export class DirectFile {
   /** 1 for each block of the write under way that this object claimed. */
   readonly #claims = new Uint8Array(WRITE_BLOCKS_MAX);
 
-  /** Throws EBADF when the base's descriptor is closed. */
-  constructor(map: DirectMap) {
+  /** `verifies`: units not yet checked are read and hashed here, which takes as long as their disk does; not for a
+   * main thread. Throws EBADF when the base's descriptor is closed. */
+  constructor(map: DirectMap, { verifies = false } = {}) {
     this.map = map;
     this.#unitStates = new Uint8Array(map.base.states);
     this.#touched = new Uint8Array(map.base.touched);
+    if (verifies && map.base.hashes) this.#hashes = new BigUint64Array(map.base.hashes);
     const frozen = map.layer?.frozen ?? [];
     this.#frozenFds = Int32Array.from(frozen, ({ fd }) => fd);
     this.#frozenBytes = Float64Array.from(frozen, ({ sizeBytes }) => sizeBytes);
@@ -113,11 +122,27 @@ export class DirectFile {
     const states = this.#unitStates;
     const last = Math.min(Math.floor((offsetBytes + lengthBytes - 1) / unitBytes), states.length - 1);
     for (let unit = Math.floor(offsetBytes / unitBytes); unit <= last; unit++) {
-      if (Atomics.load(states, unit) !== UNIT_PRESENT) return false;
+      const state = Atomics.load(states, unit);
+      if (state !== UNIT_PRESENT && !(state === UNIT_UNVERIFIED && this.#verify(unit))) return false;
       this.#touched[unit] = 1;
     }
     preadThenZeros(fd, this.#baseFileBytes, target, targetAt, lengthBytes, offsetBytes);
     return true;
+  }
+
+  /** Makes an UNVERIFIED unit PRESENT if its bytes are right; true when it is PRESENT now, whoever did it. */
+  #verify(unit: number): boolean {
+    const expected = this.#hashes === undefined ? 0n : Atomics.load(this.#hashes, unit);
+    if (expected === 0n) return false;
+    const { unitBytes, fd } = this.map.base;
+    const start = unit * unitBytes;
+    const lengthBytes = Math.min(unitBytes, this.#baseFileBytes - start);
+    if (scratch.length < lengthBytes) scratch = Buffer.alloc(unitBytes);
+    preadExact(fd, scratch, 0, lengthBytes, start);
+    if (chunkHash(scratch.subarray(0, lengthBytes)) !== expected) return false;
+    // Not a store: it may be EVICTING by now, or found damaged by the main thread.
+    Atomics.compareExchange(this.#unitStates, unit, UNIT_UNVERIFIED, UNIT_PRESENT);
+    return Atomics.load(this.#unitStates, unit) === UNIT_PRESENT;
   }
 
   /** Writes `source` when no block needs bytes of the base, no other thread is filling one of its blocks and it

@@ -34,7 +34,7 @@ export interface Image {
 export const UNIT_ABSENT = 0;
 /** On disk and trusted: any thread may read it from the file. Zero units are PRESENT holes. */
 export const UNIT_PRESENT = 1;
-/** On disk as of an earlier run, not yet checked since the start. */
+/** On disk as of an earlier run, not yet checked since the start: a thread that hashes it makes it PRESENT. */
 export const UNIT_UNVERIFIED = 2;
 
 /** States of a block of a layer in `DirectLayer.states`. */
@@ -55,6 +55,8 @@ export const FROZEN_LAYERS_MAX = BLOCK_BUSY_FROZEN - BLOCK_FROZEN;
  * The local file behind a base image and what of it can be read. Plain bytes lie at their own offsets.
  * A thread that serves a read: every unit of the range is PRESENT in `states` (Atomics.load) → pread from `fd`.
  * `touched[unit] = 1` (plain store) tells the cache that the unit was used.
+ * A thread that may take its time reads an UNVERIFIED unit whole, compares its hash with `hashes[unit]`, and makes it
+ * PRESENT by compareExchange: it may be on its way out. One that does not match goes to the main thread.
  */
 export interface DirectBase {
   /** As long as the base image, not longer. -1 when no unit will ever be PRESENT. */
@@ -64,6 +66,8 @@ export interface DirectBase {
   readonly states: SharedArrayBuffer;
   /** One byte per unit: recency, cleared by the cache. */
   readonly touched: SharedArrayBuffer;
+  /** One u64 per unit, its `chunkHash`; 0: only the main thread can say whether the unit is right. */
+  readonly hashes?: SharedArrayBuffer;
 }
 
 /**

@@ -187,7 +187,7 @@ class Server {
     const map = this.#maps.get(handle);
     if (!map) return undefined;
     // Now, not when it was announced: it may be closed already when this thread hears of it.
-    const file = new DirectFile(map);
+    const file = new DirectFile(map, { verifies: true });
     this.#files.set(handle, file);
     return file;
   }
