@@ -37,4 +37,5 @@ for (let round = 0; round < rounds; round++) {
     }
   }
 }
-parentPort!.postMessage({ elsewhere: [...elsewhere], wrong, reads });
+const port = parentPort!;
+port.postMessage({ elsewhere: [...elsewhere], wrong, reads });

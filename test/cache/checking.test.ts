@@ -126,9 +126,9 @@ test('workers that hash beside a main thread that hashes, evicts and fetches sho
   });
   const image = await cache.openImage(fixture.digest);
   const threads = [1, 2].map(() => readInThread(image.direct!, quiet, 40));
-  let running = true;
-  const reports = Promise.all(threads).finally(() => (running = false));
-  for (let seed = 0; running; seed++) {
+  const ended = new AbortController();
+  const reports = Promise.all(threads).finally(() => ended.abort());
+  for (let seed = 0; !ended.signal.aborted; seed++) {
     await readAtRandom(image, raw, 16, seed, 300_000);
     await cache.scrub();
   }
