@@ -90,7 +90,7 @@ function fuse(): Finding {
       ...found,
       verdict: 'missing',
       detail: `/dev/fuse cannot be opened (${errnoOf(error) ?? 'refused'})`,
-      advice: 'run as root',
+      advice: 'chmod 666 /dev/fuse (udev does so on most hosts), or run as root',
     };
   }
   return { ...found, verdict: 'ok', detail: '/dev/fuse can be opened' };
@@ -113,20 +113,30 @@ function fuseNative(): Finding {
     ...found,
     verdict: 'ok',
     detail:
-      'the portable driver (--driver fuse-native) can be loaded; it has no passthrough, no requests over 128 KiB and no hole punching',
+      'the portable driver (--driver fuse-native) can be loaded; it has no passthrough, no requests over 128 KiB, no hole punching, and its mount ends with its proxy',
   };
 }
 
+/** Root mounts by itself; users through fusermount3, with less. */
 function privilege(): Finding {
-  return isRoot()
-    ? { what: 'privilege', verdict: 'ok', detail: 'root', needed: 'mount' }
-    : {
-        what: 'privilege',
-        verdict: 'missing',
-        detail: `user ${os.userInfo().username}`,
-        advice: 'mounting needs root: use sudo',
-        needed: 'mount',
-      };
+  const found = { what: 'privilege', needed: 'mount' as const };
+  if (isRoot()) return { ...found, verdict: 'ok', detail: 'root' };
+  const user = `user ${os.userInfo().username}`;
+  const helper = firstLine('fusermount3', ['--version']);
+  if (helper === undefined) {
+    return {
+      ...found,
+      verdict: 'missing',
+      detail: `${user}, and no fusermount3`,
+      advice: 'apt-get install fuse3, or run as root',
+    };
+  }
+  return {
+    ...found,
+    verdict: 'limited',
+    detail: `${user}: mounts through ${helper}, without passthrough, and for this user alone unless /etc/fuse.conf says user_allow_other`,
+    advice: 'run as root for passthrough',
+  };
 }
 
 async function qemu(): Promise<Finding> {

@@ -178,6 +178,54 @@ export function syncFileSystemInBackground(fd: number): Promise<void> {
   });
 }
 
+const cSocketPair = libc.func('int socketpair(int domain, int type, int protocol, _Out_ int *pair)');
+koffi.struct('iovec', { base: 'void *', length: 'size_t' });
+koffi.struct('msghdr', {
+  name: 'void *',
+  nameLength: 'uint32_t',
+  iov: 'iovec *',
+  iovLength: 'size_t',
+  control: 'void *',
+  controlLength: 'size_t',
+  flags: 'int',
+});
+const cRecvmsg = libc.func('int64_t recvmsg(int fd, _Inout_ msghdr *message, int flags)');
+
+const AF_UNIX = 1;
+const SOCK_STREAM = 1;
+const SOCK_CLOEXEC = 0o2000000;
+const MSG_DONTWAIT = 0x40;
+const MSG_CMSG_CLOEXEC = 0x40000000;
+const SOL_SOCKET = 1;
+const SCM_RIGHTS = 1;
+
+/** Two connected unix stream sockets, both close-on-exec: for a child that is given one of them. */
+export function socketPair(): [number, number] {
+  const pair: [number, number] = [-1, -1];
+  checked('socketpair', cSocketPair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair));
+  return pair;
+}
+
+/** The descriptor (close-on-exec) that came over the unix socket `fd` with the next byte; undefined when none came.
+ * Does not wait. Control message, cmsg(3): u64 length, i32 level, i32 type, i32 descriptor. */
+export function receiveDescriptor(fd: number): number | undefined {
+  const control = Buffer.alloc(24);
+  const message = {
+    name: null,
+    nameLength: 0,
+    iov: [{ base: Buffer.alloc(1), length: 1 }],
+    iovLength: 1,
+    control,
+    controlLength: control.length,
+    flags: 0,
+  };
+  const got = cRecvmsg(fd, message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+  if (got < 0 && NAMES.get(koffi.errno()) === 'EAGAIN') return undefined;
+  checked('recvmsg', got);
+  const rights = control.readInt32LE(8) === SOL_SOCKET && control.readInt32LE(12) === SCM_RIGHTS;
+  return rights ? control.readInt32LE(16) : undefined;
+}
+
 export function isRoot(): boolean {
   return cGeteuid() === 0;
 }

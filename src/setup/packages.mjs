@@ -4,6 +4,7 @@ export const PACKAGES = {
   node: ['libatomic1'],
   /** Hosts that mount images and run guests, and the demo's guest builder. */
   run: [
+    'fuse3',
     'qemu-system-x86',
     'qemu-utils',
     'seabios',

@@ -3,6 +3,7 @@ export { DRIVERS, mountTree } from './drivers.ts';
 export type { Driver } from './drivers.ts';
 export { READAHEAD_BYTES_DEFAULT, WORKERS_DEFAULT } from './mount.ts';
 export type { FuseMount, MountEnd, MountOptions, MountStatistics, UnmountOptions } from './mount.ts';
-export { cleanDeadMount, describeMount } from './mountinfo.ts';
+export { describeMount } from './mountinfo.ts';
 export type { MountDescription } from './mountinfo.ts';
 export { loadFuseNative } from './native.ts';
+export { cleanDeadMount } from './unmount.ts';

@@ -20,12 +20,11 @@ import {
   MS_NODEV,
   MS_NOSUID,
   MS_RDONLY,
-  unmount,
-  unmountInBackground,
 } from '../../core/linux.ts';
 import { QuietPoints } from '../../core/quiet.ts';
 import { BackingFiles } from './backing.ts';
 import { DeviceWorkers } from './device.ts';
+import { mountByHelper, takeDown, takeDownNow } from './fusermount.ts';
 import { checkMountpoint, findMount, findMountSync, MOUNT_TYPE } from './mountinfo.ts';
 import { encodeInitReply, REQUEST_BUFFER_BYTES } from './protocol.ts';
 import { Session } from './session.ts';
@@ -53,8 +52,9 @@ export interface MountOptions {
   readonly fsName: string;
   /** Threads that answer reads and writes. */
   readonly workers?: number;
-  /** Whether other users than root may use the mount, within the files' modes (images 0444, clones 0600).
-   * Default true: machines should not run as root. */
+  /** Whether other users than the one who mounts may use the mount, within the files' modes (images 0444, clones 0600).
+   * Default: true for root, because machines should not run as root; users may only where /etc/fuse.conf says
+   * `user_allow_other`. */
   readonly allowOther?: boolean;
   /** No writes, not even to clones. */
   readonly readOnly?: boolean;
@@ -118,7 +118,8 @@ export interface FuseMount {
 }
 
 /**
- * The kernel driver: mounts `tree` at `mountpoint`, an empty folder. Throws unsupported (no /dev/fuse, not root, old kernel),
+ * The kernel driver: mounts `tree` at `mountpoint`, an empty folder. Throws unsupported (no /dev/fuse, old kernel, a user without
+ * fusermount3), denied,
  * not-found, bad-request, in-use; then nothing is mounted and nothing runs.
  */
 export async function mountKernel(
@@ -126,12 +127,6 @@ export async function mountKernel(
   mountpoint: string,
   options: MountOptions,
 ): Promise<FuseMount> {
-  if (!isRoot()) {
-    throw new GridError(
-      'unsupported',
-      `mounting at ${mountpoint} needs root: run gridvfs as root or with sudo`,
-    );
-  }
   const workerCount = checkedNumber(options.workers ?? WORKERS_DEFAULT, 'workers', WORKERS_MAX);
   if (workerCount === 0) throw new GridError('bad-request', 'a mount needs at least one worker');
   const readaheadBytes = checkedNumber(
@@ -157,16 +152,13 @@ export async function mountKernel(
   });
   let sessionFd;
   try {
-    sessionFd = openDevice();
+    sessionFd = await attach(place, options);
   } catch (error) {
     await workers.terminate();
     throw error;
   }
-  let mounted = false;
   let owned = false;
   try {
-    attach(sessionFd, place, options);
-    mounted = true;
     const offersPassthrough = answerInit(sessionFd, readaheadBytes);
     if (offersPassthrough && (options.passthrough ?? true)) backings = new BackingFiles(sessionFd, log);
     const entry = await findMount(place);
@@ -177,11 +169,36 @@ export async function mountKernel(
     result.serve(sessionFd);
     return result;
   } catch (error) {
-    if (mounted) unmount(place, MNT_FORCE | MNT_DETACH);
+    await takeDown(place, MNT_FORCE | MNT_DETACH);
     await workers.terminate();
     if (owned) workers.closeDescriptors();
     else closeSync(sessionFd);
     throw error;
+  }
+}
+
+/** Makes the mount: root by mount(2), users through fusermount3. Returns the session's descriptor. */
+async function attach(place: string, options: MountOptions): Promise<number> {
+  const data = [
+    `max_read=${FUSE_REQUEST_BYTES_MAX}`,
+    'default_permissions',
+    ...((options.allowOther ?? isRoot()) ? ['allow_other'] : []),
+  ];
+  if (!isRoot()) {
+    const fsName = options.fsName.replaceAll(/[\\,]/g, String.raw`\$&`);
+    const names = [`fsname=${fsName}`, `subtype=${MOUNT_TYPE.replace('fuse.', '')}`];
+    return mountByHelper(place, [...names, ...data, ...(options.readOnly ? ['ro'] : [])]);
+  }
+  const sessionFd = openDevice();
+  const owner = [`user_id=${process.getuid!()}`, `group_id=${process.getgid!()}`];
+  const flags = MS_NOSUID | MS_NODEV | (options.readOnly ? MS_RDONLY : 0);
+  try {
+    const all = [`fd=${sessionFd}`, 'rootmode=40000', ...owner, ...data];
+    mount(options.fsName, place, MOUNT_TYPE, flags, all.join(','));
+    return sessionFd;
+  } catch (error) {
+    closeSync(sessionFd);
+    throw asGridError(error, `cannot mount at ${place}`);
   }
 }
 
@@ -192,24 +209,6 @@ function openDevice(): number {
     throw new GridError('unsupported', `cannot open /dev/fuse: ${String(cause)}; try \`modprobe fuse\``, {
       cause,
     });
-  }
-}
-
-function attach(sessionFd: number, place: string, options: MountOptions): void {
-  const data = [
-    `fd=${sessionFd}`,
-    'rootmode=40000',
-    `user_id=${process.getuid!()}`,
-    `group_id=${process.getgid!()}`,
-    `max_read=${FUSE_REQUEST_BYTES_MAX}`,
-    'default_permissions',
-    ...((options.allowOther ?? true) ? ['allow_other'] : []),
-  ];
-  const flags = MS_NOSUID | MS_NODEV | (options.readOnly ? MS_RDONLY : 0);
-  try {
-    mount(options.fsName, place, MOUNT_TYPE, flags, data.join(','));
-  } catch (error) {
-    throw asGridError(error, `cannot mount at ${place}`);
   }
 }
 
@@ -286,7 +285,7 @@ class Mount implements FuseMount {
   async #fail(failure: GridError): Promise<void> {
     this.#failure = failure;
     this.#log(failure.message);
-    await unmountInBackground(this.mountpoint, MNT_FORCE | MNT_DETACH).catch(() => undefined);
+    await takeDown(this.mountpoint, MNT_FORCE | MNT_DETACH).catch(() => undefined);
   }
 
   async #isMounted(): Promise<boolean> {
@@ -301,7 +300,7 @@ class Mount implements FuseMount {
     this.#workers.closeDescriptors();
     // Still mounted although the device is gone: somebody aborted the connection.
     if (await this.#isMounted()) {
-      await unmountInBackground(this.mountpoint, MNT_DETACH).catch(() => undefined);
+      await takeDown(this.mountpoint, MNT_DETACH).catch(() => undefined);
       this.#failure ??= new GridError('closed', `the connection of the mount ${this.mountpoint} was aborted`);
     }
     return this.#failure ? { reason: 'failed', error: this.#failure } : { reason: 'unmounted' };
@@ -316,7 +315,7 @@ class Mount implements FuseMount {
   abandon(): boolean {
     try {
       if (findMountSync(this.mountpoint)?.id === this.#mountId) {
-        unmount(this.mountpoint, MNT_FORCE | MNT_DETACH);
+        takeDownNow(this.mountpoint, MNT_FORCE | MNT_DETACH);
       }
     } catch {
       // Detached before, or somebody else was faster.

@@ -6,7 +6,6 @@ import { readFileSync } from 'node:fs';
 import { readdir, readFile, readlink, realpath, statfs } from 'node:fs/promises';
 import path from 'node:path';
 import { asGridError, errnoOf, GridError } from '../../core/errors.ts';
-import { MNT_DETACH, unmountInBackground } from '../../core/linux.ts';
 
 export const MOUNT_TYPE = 'fuse.gridvfs';
 
@@ -91,29 +90,13 @@ export async function describeMount(mountpoint: string): Promise<MountDescriptio
 }
 
 /** Asks the daemon: unlike attributes, statfs is never answered from what the kernel remembers. */
-async function isDead(mountpoint: string): Promise<boolean> {
+export async function isDead(mountpoint: string): Promise<boolean> {
   try {
     await statfs(mountpoint);
     return false;
   } catch (error) {
     const errno = errnoOf(error);
     return errno === 'ENOTCONN' || errno === 'ECONNABORTED';
-  }
-}
-
-/** Detaches gridvfs mounts at `mountpoint` whose daemon died; whether there were any. Leaves living ones alone. */
-export async function cleanDeadMount(mountpoint: string): Promise<boolean> {
-  const place = await resolveMountpoint(mountpoint);
-  let cleaned = false;
-  for (;;) {
-    const entry = await findMount(place);
-    if (entry?.type !== MOUNT_TYPE || !(await isDead(place))) return cleaned;
-    try {
-      await unmountInBackground(place, MNT_DETACH);
-    } catch (error) {
-      throw asGridError(error, `cannot detach the dead mount ${place}`);
-    }
-    cleaned = true;
   }
 }
 

@@ -13,8 +13,9 @@ import { constants } from 'node:os';
 import { DirectFile } from '../../core/direct-io.ts';
 import { asGridError, GridError } from '../../core/errors.ts';
 import type { Image, ImageTree, TreeEntry } from '../../core/image.ts';
-import { MNT_DETACH, MNT_FORCE, unmount } from '../../core/linux.ts';
+import { isRoot, MNT_DETACH, MNT_FORCE } from '../../core/linux.ts';
 import type { FuseMount, MountEnd, MountOptions, MountStatistics, UnmountOptions } from './mount.ts';
+import { takeDownNow } from './fusermount.ts';
 import { detachMount, released } from './unmount.ts';
 import { checkMountpoint, findMount, findMountSync } from './mountinfo.ts';
 import { inoOf, keyOf } from './nodes.ts';
@@ -347,7 +348,7 @@ export async function mountNative(
     // A read may have to wait for a tunnel as long as that takes; its own bound is there.
     timeout: false,
     defaultPermissions: true,
-    allowOther: options.allowOther ?? true,
+    allowOther: options.allowOther ?? isRoot(),
     fsname: options.fsName.replaceAll(/[\\,]/g, String.raw`\$&`),
     // The package knows no names for the others: they travel behind this one.
     subtype: `gridvfs${options.readOnly ? ',ro' : ''},nosuid,nodev,big_writes,max_write=131072`,
@@ -404,7 +405,7 @@ class NativeMount implements FuseMount {
   abandon(): void {
     try {
       if (findMountSync(this.mountpoint)?.id === this.#mountId)
-        unmount(this.mountpoint, MNT_FORCE | MNT_DETACH);
+        takeDownNow(this.mountpoint, MNT_FORCE | MNT_DETACH);
     } catch {
       // Somebody else was faster.
     }

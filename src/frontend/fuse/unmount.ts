@@ -1,8 +1,9 @@
 /** Taking a mount down, whichever driver made it: patient with a user who is just leaving, clear about one who stays. */
 import { asGridError, errnoOf, GridError } from '../../core/errors.ts';
-import { MNT_DETACH, MNT_FORCE, unmountInBackground } from '../../core/linux.ts';
+import { MNT_DETACH, MNT_FORCE } from '../../core/linux.ts';
+import { takeDown } from './fusermount.ts';
 import type { MountEnd, UnmountOptions } from './mount.ts';
-import { findMount, holdersOf } from './mountinfo.ts';
+import { findMount, holdersOf, isDead, MOUNT_TYPE, resolveMountpoint } from './mountinfo.ts';
 
 /** How often and how long an unmount waits for a user who is just leaving. */
 const BUSY_TRIES = 5;
@@ -28,7 +29,7 @@ export async function detachMount(
       );
     }
     try {
-      await unmountInBackground(mountpoint, flags);
+      await takeDown(mountpoint, flags);
       return;
     } catch (error) {
       if (errnoOf(error) !== 'EBUSY') throw asGridError(error, `cannot unmount ${mountpoint}`);
@@ -56,4 +57,20 @@ export async function released(mountpoint: string, ended: Promise<MountEnd>): Pr
     'in-use',
     `${mountpoint} is unmounted, but somebody or another mount namespace still uses it: it is served until they are gone or this process ends`,
   );
+}
+
+/** Detaches gridvfs mounts at `mountpoint` whose daemon died; whether there were any. Leaves living ones alone. */
+export async function cleanDeadMount(mountpoint: string): Promise<boolean> {
+  const place = await resolveMountpoint(mountpoint);
+  let cleaned = false;
+  for (;;) {
+    const entry = await findMount(place);
+    if (entry?.type !== MOUNT_TYPE || !(await isDead(place))) return cleaned;
+    try {
+      await takeDown(place, MNT_DETACH);
+    } catch (error) {
+      throw asGridError(error, `cannot detach the dead mount ${place}`);
+    }
+    cleaned = true;
+  }
 }
