@@ -62,15 +62,20 @@ export class DirectFile {
   readonly #blockStates: Uint8Array | undefined;
   readonly #dirtyPages: Uint8Array | undefined;
   readonly #budget: Int32Array | undefined;
+  readonly #obeysHold: boolean;
   readonly #frozenFds: Int32Array;
   readonly #frozenBytes: Float64Array;
   /** 1 for each block of the write under way that this object claimed. */
   readonly #claims = new Uint8Array(WRITE_BLOCKS_MAX);
 
-  /** `verifies`: units not yet checked are read and hashed here, which takes as long as their disk does; not for a
-   * main thread. Throws EBADF when the base's descriptor is closed. */
-  constructor(map: DirectMap, { verifies = false } = {}) {
+  /**
+   * `verifies`: units not yet checked are read and hashed here, which takes as long as their disk does; not for a
+   * main thread. `obeysHold` false: whoever holds writes (`budget` of `DirectLayer`) uses this very object for those
+   * that come to it. Throws EBADF when the base's descriptor is closed.
+   */
+  constructor(map: DirectMap, { verifies = false, obeysHold = true } = {}) {
     this.map = map;
+    this.#obeysHold = obeysHold;
     this.#unitStates = new Uint8Array(map.base.states);
     this.#touched = new Uint8Array(map.base.touched);
     if (verifies && map.base.hashes) this.#hashes = new BigUint64Array(map.base.hashes);
@@ -153,6 +158,7 @@ export class DirectFile {
     if (!layer) throw new GridError('read-only', 'write to an image; write to a clone of it instead');
     this.#checkRange(source.length, offsetBytes);
     if (source.length === 0) return true;
+    if (this.#obeysHold && this.#budget && Atomics.load(this.#budget, 2) === 1) return false;
     const states = this.#blockStates!;
     const { blockBytes } = layer;
     const end = offsetBytes + source.length;

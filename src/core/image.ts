@@ -97,7 +97,8 @@ export interface DirectLayer {
   readonly dirtyPages: SharedArrayBuffer;
   /** The layers below, bottom first. */
   readonly frozen?: readonly FrozenFile[];
-  /** Two Int32: [0] blocks that may still become DATA, [1] whether that is enforced (1) or only counted (0). */
+  /** Three Int32: [0] blocks that may still become DATA, [1] whether that is enforced (1) or only counted (0), [2] 1
+   * while writes are held: all of them go to the main thread (src/image/snapshot.ts). */
   readonly budget?: SharedArrayBuffer;
 }
 

@@ -2,16 +2,20 @@
 import { isAllZero } from '../core/bytes.ts';
 import { visibleState } from '../core/direct-io.ts';
 import { BLOCK_ABSENT, BLOCK_ZERO } from '../core/image.ts';
+import { LAYER_BLOCK_BYTES } from '../core/limits.ts';
 import type { Clone } from './clone.ts';
 
 /**
  * Numbers, rising, of units of `unitBytes` (a multiple of the block) that hold a block which some layer has written
  * or zeroed. `dataOnly`: zeroed ones do not count; for a clone over zeros, whose other units are zeros anyway.
  */
-export function* changedUnits(clone: Clone, unitBytes: number, dataOnly = false): Generator<number> {
-  const { states, blockBytes } = clone.direct.layer!;
-  const view = new Uint8Array(states);
-  const unitBlocks = unitBytes / blockBytes;
+export function changedUnits(clone: Clone, unitBytes: number, dataOnly = false): Generator<number> {
+  return changedUnitsOf(new Uint8Array(clone.direct.layer!.states), unitBytes, dataOnly);
+}
+
+/** The same of the states of a snapshot. */
+export function* changedUnitsOf(view: Uint8Array, unitBytes: number, dataOnly = false): Generator<number> {
+  const unitBlocks = unitBytes / LAYER_BLOCK_BYTES;
   for (let first = 0, unit = 0; first < view.length; first += unitBlocks, unit++) {
     const part = view.subarray(first, first + unitBlocks);
     if (isAllZero(part)) continue;

@@ -15,6 +15,7 @@ import { FUSE_REQUEST_BYTES_MAX, LAYER_BLOCK_BYTES } from '../core/limits.ts';
 import { fillLayer } from './fill.ts';
 import type { FillOptions } from './fill.ts';
 import type { Layer, LayerStatistics } from './layer.ts';
+import type { Snapshot } from './snapshot.ts';
 
 const BLOCK = LAYER_BLOCK_BYTES;
 const ZERO_BLOCK = Buffer.alloc(BLOCK);
@@ -26,6 +27,9 @@ export interface Clone extends Image {
   /** Folder, quota, flushes: the clone's own layer. */
   readonly layer: Layer;
   statistics(): LayerStatistics;
+  /** The disk as of now, to be read while others write: snapshot.ts. `quiet` resolves when no thread is within a
+   * request that it began before the call. */
+  snapshot(quiet: () => Promise<void>): Promise<Snapshot>;
   /** Copies everything that lies below into the layer, durable when it resolves: see fill.ts. */
   fillUp(options: FillOptions): Promise<void>;
 }
@@ -63,7 +67,7 @@ class LayeredImage implements Clone {
       base: base.direct?.base ?? nothingLocal(base.sizeBytes),
       layer: layer.direct,
     };
-    this.#file = new DirectFile(this.direct);
+    this.#file = new DirectFile(this.direct, { obeysHold: false });
     this.#states = new Uint8Array(layer.direct.states);
   }
 
@@ -104,10 +108,16 @@ class LayeredImage implements Clone {
   async write(source: Uint8Array, offsetBytes: number): Promise<void> {
     this.#check(source.length, offsetBytes);
     try {
-      if (!this.#file.write(source, offsetBytes)) await this.#writeSlowly(source, offsetBytes);
+      if (!this.#put(source, offsetBytes)) await this.#writeSlowly(source, offsetBytes);
     } catch (error) {
       throw this.#failure(error, 'write');
     }
+  }
+
+  #put(source: Uint8Array, offsetBytes: number): boolean {
+    const last = Math.floor((offsetBytes + source.length - 1) / BLOCK);
+    this.layer.beforeChange(Math.floor(offsetBytes / BLOCK), last);
+    return this.#file.write(source, offsetBytes);
   }
 
   /** In pieces: a block that is covered partly, or at most a request of whole ones. */
@@ -131,7 +141,7 @@ class LayeredImage implements Clone {
 
   async #writeWhole(piece: Uint8Array, offsetBytes: number): Promise<void> {
     const last = Math.floor((offsetBytes + piece.length - 1) / BLOCK);
-    while (!this.#file.write(piece, offsetBytes)) {
+    while (!this.#put(piece, offsetBytes)) {
       for (let block = Math.floor(offsetBytes / BLOCK); block <= last; block++) {
         await this.layer.waitWhileBusy(block);
       }
@@ -147,7 +157,7 @@ class LayeredImage implements Clone {
       this.#checkOpen();
       const state = Atomics.load(this.#states, block);
       if (state === BLOCK_DATA) {
-        if (this.#file.write(piece, offsetBytes)) return;
+        if (this.#put(piece, offsetBytes)) return;
       } else if (isBusy(state)) {
         await this.layer.waitWhileBusy(block);
       } else if (state === BLOCK_ABSENT && !fromBase) {
@@ -194,6 +204,10 @@ class LayeredImage implements Clone {
 
   flush(): Promise<void> {
     return this.layer.flush();
+  }
+
+  snapshot(quiet: () => Promise<void>): Promise<Snapshot> {
+    return this.layer.snapshot(quiet, (target, offsetBytes) => this.#readBase(target, offsetBytes));
   }
 
   fillUp(options: FillOptions): Promise<void> {

@@ -26,6 +26,7 @@ import { LAYER_BLOCK_BYTES } from '../core/limits.ts';
 import { nextData, punchHole } from '../core/linux.ts';
 import { blockCountOf, HEADER_BYTES, PAGE_BLOCKS } from './layer-format.ts';
 import type { LayerHeader } from './layer-format.ts';
+import { Snapshot } from './snapshot.ts';
 
 const fdatasyncAsync = promisify(fdatasync);
 const writeAsync = promisify(write);
@@ -85,6 +86,7 @@ export class Layer {
   #nextFlush: Promise<void> | undefined;
   readonly #budget: Int32Array;
   #quotaBlocks = BLOCKS_UNBOUNDED;
+  #snapshot: Snapshot | undefined;
   #syncFailure: GridError | undefined;
   #closing: Promise<void> | undefined;
 
@@ -100,7 +102,7 @@ export class Layer {
     this.#states = new Uint8Array(states);
     this.#dirtyPages = new Uint8Array(dirtyPages);
     this.#blockCount = blockCountOf(header.sizeBytes);
-    const budget = new SharedArrayBuffer(2 * Int32Array.BYTES_PER_ELEMENT);
+    const budget = new SharedArrayBuffer(3 * Int32Array.BYTES_PER_ELEMENT);
     this.#budget = new Int32Array(budget);
     this.#budget[0] = BLOCKS_UNBOUNDED - dataBlocks;
     this.direct = {
@@ -125,6 +127,39 @@ export class Layer {
     Atomics.add(this.#budget, 0, blocks - this.#quotaBlocks);
     this.#quotaBlocks = blocks;
     Atomics.store(this.#budget, 1, quotaBytes === undefined ? 0 : 1);
+  }
+
+  /**
+   * The layer's disk as it is now, which includes every write and trim acknowledged before the call and is durable
+   * here too when it resolves; until it is closed, direct writes come to the main thread. See snapshot.ts. Throws
+   * in-use while there is another, and what `flush` throws.
+   */
+  async snapshot(quiet: () => Promise<void>, readBase: Snapshot['readOnce']): Promise<Snapshot> {
+    this.checkOpen();
+    if (Atomics.exchange(this.#budget, 2, 1) === 1) {
+      throw new GridError('in-use', `layer ${this.folder} is being read as of a moment already`);
+    }
+    const release = () => {
+      this.#snapshot = undefined;
+      Atomics.store(this.#budget, 2, 0);
+    };
+    let snapshot: Snapshot | undefined;
+    try {
+      await quiet();
+      this.checkOpen();
+      this.#snapshot = snapshot = new Snapshot(this, readBase, release);
+      await this.flush();
+      return snapshot;
+    } catch (error) {
+      if (snapshot) snapshot.close();
+      else release();
+      throw error;
+    }
+  }
+
+  /** Called in the main thread right before it changes blocks `first` to `last`, within the same turn. */
+  beforeChange(first: number, last: number): void {
+    this.#snapshot?.keep(first, last);
   }
 
   /**
@@ -246,6 +281,7 @@ export class Layer {
       prior[next - first] = was;
     }
     if (claimed === 0) return next;
+    this.beforeChange(first, next - 1);
     const count = next - first;
     const { mapFd, dataFd } = this.#files;
     try {

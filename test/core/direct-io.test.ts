@@ -212,7 +212,7 @@ function makeChain() {
     pwriteFull(fd, Buffer.alloc(3 * BLOCK - 10, value), 0);
     return { fd, sizeBytes: 3 * BLOCK - 10 };
   });
-  const layer = { ...map.layer, frozen: fds, budget: new SharedArrayBuffer(8) };
+  const layer = { ...map.layer, frozen: fds, budget: new SharedArrayBuffer(12) };
   new Int32Array(layer.budget).set([2, 1]);
   statesOf(map).set([BLOCK_FROZEN, BLOCK_FROZEN + 1, BLOCK_FROZEN + 1, BLOCK_ZERO], 0);
   return { ...map, layer };
