@@ -3,8 +3,8 @@
  * one call, what arrives is decoded and checked before anybody gets it. It does not know that it feeds a cache.
  *
  * Two queues. Demand goes out at once. Prefetch goes out behind it, in calls of some chunks, as many bytes at a time
- * as PrefetchWindow allows and as fast as the ceiling does. A demand for a chunk whose prefetch is still queued here
- * takes it over; one whose prefetch is under way joins it: the window is short, and asking twice would be slower.
+ * as keep the way to the source full and as fast as the ceiling allows. A demand for a chunk whose prefetch is still queued here
+ * takes it over; one whose prefetch is under way joins it: little is, and asking twice would be slower.
  *
  * A chunk that does not match its digest is asked for once more, alone. A batch that fails because of one of its
  * chunks (not-found, say) is asked for again chunk by chunk, so that no reader fails for another's chunk.
@@ -12,9 +12,9 @@
 import { decodeChunk } from '../src/core/chunk.ts';
 import type { ChunkRef, StoredChunk } from '../src/core/chunk.ts';
 import { asGridError, GridError } from '../src/core/errors.ts';
-import { BATCH_CHUNKS_MAX, CACHE_BATCHES_MAX } from '../src/core/limits.ts';
+import { BATCH_CHUNKS_MAX, CACHE_BATCHES_MAX, MIB } from '../src/core/limits.ts';
 import type { ChunkSource, Priority } from '../src/core/source.ts';
-import { PrefetchWindow, RateCeiling } from './prefetch-window.ts';
+import { RateCeiling } from './rate-ceiling.ts';
 
 /** What was fetched on whose behalf. */
 export interface FetchTally {
@@ -23,8 +23,10 @@ export interface FetchTally {
   fetchedStoredBytes: number;
 }
 
-/** Chunks in one call of prefetch: several calls share the window. */
+/** Chunks in one call of prefetch: several calls share what may be under way. */
 const PREFETCH_CHUNKS_MAX = 32;
+/** Stored bytes of prefetch under way at a source that cannot say how many it wants. */
+const PREFETCH_BYTES = 1 * MIB;
 
 interface Wanted {
   readonly key: string;
@@ -48,7 +50,6 @@ export class Fetcher {
   #demand: Wanted[] = [];
   /** In order of asking. */
   readonly #prefetch = new Map<string, Wanted>();
-  readonly #window = new PrefetchWindow();
   readonly #ceiling: RateCeiling;
   #callsUnderWay = 0;
   #prefetchBytesUnderWay = 0;
@@ -145,7 +146,8 @@ export class Fetcher {
       });
     }
     while (this.#prefetch.size > 0) {
-      const bytes = Math.min(this.#window.bytes, this.#ceiling.burstBytes);
+      const wantedBytes = this.#source.way?.()?.prefetchBytes ?? PREFETCH_BYTES;
+      const bytes = Math.min(wantedBytes, this.#ceiling.burstBytes);
       // Not chunk by chunk as the last one comes in: a call should be worth its way.
       if (this.#prefetchBytesUnderWay > 0 && this.#prefetchBytesUnderWay > (bytes * 3) / 4) return;
       const waitMs = this.#ceiling.waitMs(performance.now());
@@ -174,9 +176,9 @@ export class Fetcher {
     const batch: Wanted[] = [];
     let bytes = 0;
     for (const wanted of this.#prefetch.values()) {
-      if (batch.length > 0 && (wanted.again || bytes + wanted.ref.plainBytes > room)) break;
+      if (batch.length > 0 && (wanted.again || bytes + weightOf(wanted.ref) > room)) break;
       batch.push(wanted);
-      bytes += wanted.ref.plainBytes;
+      bytes += weightOf(wanted.ref);
       this.#prefetch.delete(wanted.key);
       if (wanted.again || batch.length === PREFETCH_CHUNKS_MAX) break;
     }
@@ -184,23 +186,16 @@ export class Fetcher {
   }
 
   async #callPrefetch(batch: Wanted[]): Promise<void> {
-    const bytes = batch.reduce((sum, { ref }) => sum + ref.plainBytes, 0);
+    const bytes = batch.reduce((sum, { ref }) => sum + weightOf(ref), 0);
     this.#prefetchBytesUnderWay += bytes;
-    const startMs = performance.now();
-    let firstMs: number | undefined;
     let left = bytes;
     await this.#call(batch, 'prefetch', ({ ref }, storedBytes) => {
-      firstMs ??= performance.now() - startMs;
       this.#ceiling.spend(storedBytes, performance.now());
-      left -= ref.plainBytes;
-      this.#prefetchBytesUnderWay -= ref.plainBytes;
+      left -= weightOf(ref);
+      this.#prefetchBytesUnderWay -= weightOf(ref);
       if (this.#prefetch.size > 0) this.#schedule();
     });
     this.#prefetchBytesUnderWay -= left;
-    if (firstMs !== undefined) {
-      const nowMs = performance.now();
-      this.#window.onCall({ firstMs, lastMs: nowMs - startMs, nowMs, queued: this.#prefetch.size > 0 });
-    }
     if (this.#prefetch.size > 0) this.#schedule();
   }
 
@@ -281,6 +276,11 @@ export class Fetcher {
     this.#flights.delete(wanted.key);
     wanted.reject(error);
   }
+}
+
+/** What a chunk takes of the way to the source. */
+function weightOf(ref: ChunkRef): number {
+  return ref.storedBytes ?? ref.plainBytes;
 }
 
 /** The length is part of the key: a manifest that lies about it must not be answered by one that does not. */

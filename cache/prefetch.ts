@@ -23,42 +23,38 @@ export async function prefetchChunks(
 ): Promise<number> {
   const { signal, progress } = options;
   const atOnce = Math.max(1, Math.floor(CACHE_PREFETCH_BYTES_MAX / file.manifest.chunkBytes));
-  const underWay = new Map<number, Promise<void>>();
+  const underWay = new Set<number>();
   let failure: unknown;
   let fetched = 0;
   let done = 0;
+  let next = 0;
+  const oneAfterAnother = async () => {
+    for (let index = indexes[next++]; index !== undefined; index = indexes[next++]) {
+      if (signal?.aborted || failure !== undefined) return;
+      underWay.add(index);
+      try {
+        if (await file.prefetch(index)) {
+          fetched++;
+          if (!file.states.isHere(index) && space.degraded !== undefined) {
+            failure ??= new GridError('no-space', `no room to prefetch: ${space.degraded}`);
+          }
+        }
+      } catch (error) {
+        failure ??= error;
+        stop();
+      }
+      underWay.delete(index);
+      progress?.(++done, indexes.length);
+    }
+  };
   const stop = () => {
-    for (const index of underWay.keys()) file.cancelPrefetch(index);
+    for (const index of underWay) file.cancelPrefetch(index);
   };
   signal?.addEventListener('abort', stop);
   try {
-    for (const index of indexes) {
-      if (signal?.aborted || failure !== undefined) break;
-      const one = file
-        .prefetch(index)
-        .then(
-          (isNew) => {
-            if (!isNew) return;
-            fetched++;
-            if (file.states.isHere(index) || space.degraded === undefined) return;
-            failure ??= new GridError('no-space', `no room to prefetch: ${space.degraded}`);
-          },
-          (error: unknown) => {
-            failure ??= error;
-          },
-        )
-        .finally(() => {
-          underWay.delete(index);
-          progress?.(++done, indexes.length);
-        });
-      underWay.set(index, one);
-      if (underWay.size >= atOnce) await Promise.race(underWay.values());
-    }
-    await Promise.all(underWay.values());
+    await Promise.all(Array.from({ length: Math.min(atOnce, indexes.length) }, oneAfterAnother));
   } finally {
     signal?.removeEventListener('abort', stop);
-    stop();
-    await Promise.all(underWay.values());
   }
   if (signal?.aborted) throw new GridError('closed', 'the prefetch was cancelled');
   if (failure !== undefined) throw failure;

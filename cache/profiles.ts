@@ -53,12 +53,17 @@ export class Profiles {
     }
   }
 
-  /** What the origin has; undefined where it has none, keeps none, or does not answer. Untrusted: checked. */
-  async remote(manifest: Digest, purpose: Purpose, chunkCount: number): Promise<Profile | undefined> {
+  /** What the origin has; undefined where it has none, keeps none, or does not answer. Untrusted: checked. The image
+   * may still be being opened: the question does not wait for its number of chunks. */
+  async remote(
+    manifest: Digest,
+    purpose: Purpose,
+    chunkCount: number | Promise<number>,
+  ): Promise<Profile | undefined> {
     const { source, log } = this.#context;
     try {
       const bytes = await source.readProfile?.(manifest, purpose);
-      return bytes && parseProfile(bytes, { manifest, purpose, chunkCount });
+      return bytes && parseProfile(bytes, { manifest, purpose, chunkCount: await chunkCount });
     } catch (error) {
       log(`cache: no profile '${purpose}' of ${manifest.slice(0, 12)} from ${source.name}: ${String(error)}`);
       return undefined;

@@ -63,10 +63,12 @@ export class Upkeep {
   /** Fetches all of an image, or what the profile of `purpose` names. Throws not-found without a profile, no-space,
    * closed when cancelled, and what a fetch throws. */
   async warm(manifest: Digest, options: PrefetchOptions & { purpose?: Purpose } = {}): Promise<WarmResult> {
-    const { file, release } = await this.#context.hold(manifest);
+    const { purpose } = options;
+    const holding = this.#context.hold(manifest);
+    const remote = purpose === undefined ? undefined : this.#askedWhileOpening(holding, manifest, purpose);
+    const { file, release } = await holding;
     try {
-      const { purpose } = options;
-      const chunks = purpose === undefined ? allChunks(file) : await this.#bootSet(file, purpose);
+      const chunks = purpose === undefined ? allChunks(file) : await this.#bootSet(file, purpose, remote);
       this.#refuseTooMuch(file, chunks);
       const fetchedChunks = await prefetchChunks(file, this.#context.space, chunks, options);
       await file.flush();
@@ -87,11 +89,22 @@ export class Upkeep {
     );
   }
 
-  async #bootSet(file: ImageFile, purpose: Purpose): Promise<number[]> {
+  /** The origin's profile, asked for while the image is being opened: on a long link that is a round trip less. */
+  #askedWhileOpening(
+    holding: Promise<{ readonly file: ImageFile }>,
+    manifest: Digest,
+    purpose: Purpose,
+  ): Promise<Profile | undefined> {
+    const chunkCount = holding.then(({ file }) => chunkCountOf(file.manifest));
+    chunkCount.catch(() => undefined); // whoever holds the image says why
+    return this.#context.profiles.remote(manifest, purpose, chunkCount);
+  }
+
+  async #bootSet(file: ImageFile, purpose: Purpose, asked?: Promise<Profile | undefined>): Promise<number[]> {
     const { profiles } = this.#context;
     const count = chunkCountOf(file.manifest);
     const local = profiles.local(file.manifestDigest, purpose, count);
-    const remote = await profiles.remote(file.manifestDigest, purpose, count);
+    const remote = await (asked ?? profiles.remote(file.manifestDigest, purpose, count));
     const profile = local && remote ? mergeProfiles(local, remote) : (local ?? remote);
     if (!profile) {
       throw new GridError(
@@ -199,18 +212,14 @@ export class Upkeep {
    */
   async prefetchProfile(manifest: Digest, purpose: Purpose, options: PrefetchOptions = {}): Promise<number> {
     const { hold, profiles, space } = this.#context;
-    const { file, release } = await hold(manifest);
+    const holding = hold(manifest);
+    const remote = this.#askedWhileOpening(holding, manifest, purpose);
+    const { file, release } = await holding;
     try {
-      const count = chunkCountOf(file.manifest);
-      const local = profiles.local(manifest, purpose, count);
-      const remote = profiles.remote(manifest, purpose, count);
-      const replay = async (profile: Profile | undefined): Promise<number> => {
-        if (!profile) return 0;
-        const early = await prefetchChunks(file, space, profile.early, options);
-        return early + (await prefetchChunks(file, space, profile.late, options));
-      };
+      const replay = async (profile: Profile | undefined): Promise<number> =>
+        profile ? prefetchChunks(file, space, [...profile.early, ...profile.late], options) : 0;
       // What is known here does not wait for the origin's answer.
-      const fetched = await replay(local);
+      const fetched = await replay(profiles.local(manifest, purpose, chunkCountOf(file.manifest)));
       return fetched + (await replay(await remote));
     } finally {
       release();

@@ -1,7 +1,14 @@
 /**
- * How many bytes of bulk may be under way: about twice bandwidth × delay, measured as BBR does (the best delivery rate
- * and the shortest round trip of late), so that bulk keeps the link full and a demand read that comes behind it
- * waits at most about one more round trip. It starts small and doubles while the rate still grows with it.
+ * How many stored bytes of bulk may be under way: twice bandwidth × delay, measured as BBR does (the best delivery
+ * rate and the shortest round trip of late), so that bulk keeps the link full and a demand read that comes behind it
+ * waits at most about one more round trip.
+ *
+ * Start: from WINDOW_BYTES_START, each chunk that comes makes it larger by itself (TCP's slow start), until the first
+ * rate is known or START_GROWTH is reached. Then: while the window is what holds the rate down, twice the rate's
+ * worth is twice the window, so it doubles with each sample until the link is what holds it down.
+ *
+ * A sample counts when bulk waited for the window meanwhile, or when it is better than those before: a link on which
+ * little was asked for did not become slower.
  */
 import type { ChunkRef } from '../src/core/chunk.ts';
 import { KIB, MIB } from '../src/core/limits.ts';
@@ -10,12 +17,15 @@ import { KIB, MIB } from '../src/core/limits.ts';
 const WINDOW_BYTES_MIN = 256 * KIB;
 /** Until the first rate is known: about bandwidth × delay of 100 Mbit/s at 40 ms, 40 ms of such a link. */
 const WINDOW_BYTES_START = 512 * KIB;
+/** 1.5 MiB more before the first sample: twice bandwidth × delay of 50 Mbit/s at 150 ms. */
+const START_GROWTH = 4;
 /** 1 Gbit/s at 130 ms; also the bound of memory for it. */
 const WINDOW_BYTES_MAX = 32 * MIB;
 /** On a short link the queue may be this long: batches of a few chunks instead of one. */
 const QUEUE_MS = 20;
-/** Long enough that a burst after a pause of this process does not pass for a fast link. */
-const SAMPLE_MS = 100;
+/** A sample is at least this long, so that a burst after a pause of this process does not pass for a fast link. */
+const SAMPLE_MS_MIN = 100;
+const SAMPLE_MS_MAX = 1000;
 /** Samples that the best rate is taken from. */
 const SAMPLES = 10;
 /** How long the shortest round trip counts: a route may change, a queue of our own making passes. */
@@ -24,20 +34,41 @@ const ROUND_TRIP_KEPT_MS = 30_000;
 export class BulkWindow {
   #rtMs = Infinity;
   #rtSeenMs = 0;
+  /** Stored bytes per millisecond. */
   #rates: number[] = [];
-  #sampleStartMs = 0;
+  #startedBytes = 0;
+  /** A sample begins with a chunk, whose own bytes came before it. */
+  #sampleStartMs = -Infinity;
   #sampleBytes = 0;
-  #previous = { bytes: 0, ms: 0 };
+  #lastChunkMs = -Infinity;
+  #heldBack = false;
   /** Stored bytes per plain byte, so far; zstd's usual one is a third. */
   #ratio = 0.5;
   #chunks = 0;
 
   /** Bytes that may be under way, as estimated by `estimate`. */
   get bytes(): number {
-    const best = Math.max(0, ...this.#rates);
-    if (best === 0) return WINDOW_BYTES_START;
+    const best = this.#best;
+    if (best === undefined) {
+      return Math.min(WINDOW_BYTES_START + this.#startedBytes, START_GROWTH * WINDOW_BYTES_START);
+    }
     const heldMs = this.#rtMs + Math.max(this.#rtMs, QUEUE_MS);
     return Math.min(WINDOW_BYTES_MAX, Math.max(WINDOW_BYTES_MIN, best * heldMs));
+  }
+
+  get #best(): number | undefined {
+    return this.#rates.length === 0 ? undefined : Math.max(...this.#rates);
+  }
+
+  /** Shortest time from a request to the first byte of its answer, of late; undefined before the first answer. */
+  get roundTripMs(): number | undefined {
+    return this.#rtMs === Infinity ? undefined : this.#rtMs;
+  }
+
+  /** Stored bytes per second of late; undefined while too little came to say. */
+  get bytesPerSecond(): number | undefined {
+    const best = this.#best;
+    return best === undefined ? undefined : best * 1000;
   }
 
   /** What a chunk will weigh on the wire: known, or probable. */
@@ -53,23 +84,32 @@ export class BulkWindow {
     this.#rtSeenMs = nowMs;
   }
 
+  /** Bulk waits because the window is full. */
+  onHeldBack(): void {
+    this.#heldBack = true;
+  }
+
   onChunk(storedBytes: number, plainBytes: number, nowMs: number): void {
     // The mean of the first ones, then of late: a first guess should not be held to.
     this.#chunks = Math.min(this.#chunks + 1, 16);
     this.#ratio += (storedBytes / plainBytes - this.#ratio) / this.#chunks;
+    this.#startedBytes += storedBytes;
+    const roundTripMs = this.roundTripMs ?? 0;
+    const sampleMs = Math.min(SAMPLE_MS_MAX, Math.max(SAMPLE_MS_MIN, 2 * roundTripMs));
+    // After a pause (nothing was asked for) a sample would say nothing of the link.
+    const pausedMs = nowMs - this.#lastChunkMs;
+    this.#lastChunkMs = nowMs;
     const elapsedMs = nowMs - this.#sampleStartMs;
-    const sampleMs = Math.max(SAMPLE_MS, Math.min(2 * this.#rtMs, 1000));
     this.#sampleBytes += storedBytes;
-    if (elapsedMs < sampleMs) return;
-    // After a pause (nothing was asked for) the sample says nothing of the link.
-    if (elapsedMs < 4 * sampleMs) {
-      // Two together: when this process stood still, one sample is too low and the burst after it too high.
-      const { bytes, ms } = this.#previous;
-      this.#rates.push((this.#sampleBytes + bytes) / (elapsedMs + ms));
+    const paused = pausedMs > Math.max(sampleMs, 2 * SAMPLE_MS_MIN);
+    if (!paused && elapsedMs < sampleMs) return;
+    const rate = this.#sampleBytes / elapsedMs;
+    if (!paused && (this.#heldBack || rate > (this.#best ?? 0))) {
+      this.#rates.push(rate);
       if (this.#rates.length > SAMPLES) this.#rates.shift();
-      this.#previous = { bytes: this.#sampleBytes, ms: elapsedMs };
-    } else this.#previous = { bytes: 0, ms: 0 };
+    }
     this.#sampleStartMs = nowMs;
     this.#sampleBytes = 0;
+    this.#heldBack = false;
   }
 }

@@ -23,7 +23,7 @@ import { asGridError, GridError } from '../src/core/errors.ts';
 import { RECONNECT_TIMEOUT_MS } from '../src/core/limits.ts';
 import type { Tag } from '../src/core/manifest.ts';
 import type { Purpose } from '../src/core/profile.ts';
-import type { ChunkSource, ReadChunksOptions } from '../src/core/source.ts';
+import type { ChunkSource, ReadChunksOptions, WayFigures } from '../src/core/source.ts';
 import type { UploadTarget } from '../src/core/uploads.ts';
 import { newCounters } from './statistics.ts';
 import type { SourceEvent, SourceStatistics } from './statistics.ts';
@@ -235,6 +235,11 @@ export class FailoverSource implements ChunkSource {
     if (!member) return;
     member.source?.reportCorrupt?.(ref, chunk);
     this.#putAside(member, `chunk ${ref.digest.slice(0, 12)}`);
+  }
+
+  /** Of the one that is asked first now. */
+  way(): WayFigures | undefined {
+    return this.#inOrder()[0]?.source?.way?.();
   }
 
   async close(): Promise<void> {

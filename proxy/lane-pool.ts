@@ -1,12 +1,12 @@
 /**
  * The lanes of one source: which are free, which is reserved for demand, and when another is opened. Lanes are
- * opened only when work waits, for at a stock sshd each starts a process.
+ * opened only when work waits or is about to come, for at a stock sshd each starts a process.
  */
 import type { GridError } from '../src/core/errors.ts';
 import type { Lane, Transport } from './transport.ts';
 
-/** Lanes that are being opened at once. */
-const OPENING_MAX = 2;
+/** Lanes that are being opened at once: opening takes two round trips, and several together take no longer. */
+const OPENING_MAX = 4;
 
 export class LanePool {
   readonly #transport: Transport;
@@ -54,10 +54,14 @@ export class LanePool {
     let at = idle.findLastIndex((_lane, i) => i !== reservedAt);
     if (anyLane && reservedAt >= 0) at = reservedAt;
     if (at >= 0) return idle.splice(at, 1)[0];
-    if (this.#opening < OPENING_MAX && this.#lanes.size + this.#opening < this.#transport.lanesMax) {
-      void this.#open();
-    }
+    if (this.#opening < OPENING_MAX) this.expect(this.#lanes.size + this.#opening + 1);
     return undefined;
+  }
+
+  /** Work for `count` lanes is about to come: opens those that are missing, as far as the transport allows. */
+  expect(count: number): void {
+    const wanted = Math.min(count, this.#transport.lanesMax);
+    while (!this.#closed && this.#lanes.size + this.#opening < wanted) void this.#open();
   }
 
   close(): void {

@@ -18,7 +18,6 @@
  * aborted delivers nothing more; its batch is cut when nobody else is in it, unless it is nearly over.
  */
 import { performance } from 'node:perf_hooks';
-import { setTimeout as sleep } from 'node:timers/promises';
 import type { Digest } from '../src/core/bytes.ts';
 import { decompress } from '../src/core/chunk.ts';
 import type { ChunkRef, StoredChunk } from '../src/core/chunk.ts';
@@ -34,7 +33,7 @@ import {
 import { parseTags } from '../src/core/manifest.ts';
 import type { Tag } from '../src/core/manifest.ts';
 import type { Purpose } from '../src/core/profile.ts';
-import type { ChunkSource, ReadChunksOptions } from '../src/core/source.ts';
+import type { ChunkSource, ReadChunksOptions, WayFigures } from '../src/core/source.ts';
 import { BulkWindow } from './bulk-window.ts';
 import { greet } from './greeting.ts';
 import { LanePool } from './lane-pool.ts';
@@ -51,6 +50,7 @@ import {
   remoteError,
 } from './protocol.ts';
 import { collect, readBody } from './response-body.ts';
+import { Recovery } from './recovery.ts';
 import { newCounters } from './statistics.ts';
 import type { SourceEvent, SourceStatistics } from './statistics.ts';
 import type { Lane, Transport } from './transport.ts';
@@ -60,13 +60,15 @@ import type { Item, Waiter, Wanted } from './work.ts';
 
 /** Chunks of bulk in one exchange: several exchanges share the window. */
 const BULK_CHUNKS_MAX = 32;
+/** Of the window that one exchange of bulk takes. */
+const BATCH_SHARE = 1 / 4;
 /** An unwanted batch with this many chunks to come is read to its end: cheaper than a new channel. */
 const DRAIN_CHUNKS = 4;
 /** A page that says why not. */
 const ANSWER_BYTES_MAX = 64 * 1024;
+/** Lanes that are opened while the first image's table is on its way: one for demand, three for bulk. */
+const LANES_AT_OPEN = 4;
 const OCTETS = 'application/octet-stream';
-const BACKOFF_MIN_MS = 50;
-const BACKOFF_MAX_MS = 5_000;
 
 export class RemoteSource implements ChunkSource {
   readonly name: string;
@@ -80,13 +82,11 @@ export class RemoteSource implements ChunkSource {
   #demand: Item[] = [];
   #bulk: Item[] = [];
   readonly #lanes: LanePool;
+  readonly #recovery: Recovery;
   #bulkBytes = 0;
   #pumpSoon = false;
   /** Why, while the way is being made again. */
   #broken: GridError | undefined;
-  #backoffMs = BACKOFF_MIN_MS;
-  /** The last failed attempt, so that a log does not say the same every few seconds. */
-  #said = '';
   #static = false;
   readonly #closing = new AbortController();
   readonly #counts = newCounters();
@@ -100,6 +100,7 @@ export class RemoteSource implements ChunkSource {
     this.#transport = transport;
     this.#reconnectTimeoutMs = reconnectTimeoutMs;
     this.#onEvent = onEvent;
+    this.#recovery = new Recovery(transport, reconnectTimeoutMs, onEvent);
     this.#lanes = new LanePool(
       transport,
       () => this.#pump(),
@@ -142,6 +143,8 @@ export class RemoteSource implements ChunkSource {
   }
 
   async readTable(digest: Digest): Promise<Buffer> {
+    // Somebody opens an image: its chunks come next.
+    if (!this.#broken) this.#lanes.expect(LANES_AT_OPEN);
     const stored = await this.#fetch({ path: objectPath('tables', digest), bytesMax: TABLE_BYTES_MAX });
     return decompress(stored, TABLE_BYTES_MAX, `chunk table ${digest.slice(0, 12)} of ${this.name}`);
   }
@@ -162,6 +165,13 @@ export class RemoteSource implements ChunkSource {
       throw new GridError('denied', `${this.name} is a static web server and takes no recordings`);
     }
     await this.#fetch({ path, bytesMax: ANSWER_BYTES_MAX, body: recording });
+  }
+
+  way(): WayFigures | undefined {
+    const { roundTripMs, bytesPerSecond, bytes } = this.#window;
+    if (roundTripMs === undefined) return undefined;
+    // And the next batch, so that none is waited for.
+    return { roundTripMs, bytesPerSecond, prefetchBytes: bytes * (1 + BATCH_SHARE) };
   }
 
   reportCorrupt(): void {
@@ -290,13 +300,17 @@ export class RemoteSource implements ChunkSource {
       const items = takeItems(this.#demand, this.#static ? 1 : BATCH_CHUNKS_MAX, Infinity, () => 0);
       this.#run(lane, items, false);
     }
-    while (this.#bulk.length > 0 && (this.#bulkBytes === 0 || this.#bulkBytes < this.#window.bytes)) {
+    while (this.#bulk.length > 0) {
+      if (this.#bulkBytes > 0 && this.#bulkBytes >= this.#window.bytes) {
+        this.#window.onHeldBack();
+        return;
+      }
       const lane = this.#lanes.take(true);
       if (!lane) return;
       const items = takeItems(
         this.#bulk,
         this.#static ? 1 : BULK_CHUNKS_MAX,
-        Math.min(this.#window.bytes / 4, this.#window.bytes - this.#bulkBytes),
+        Math.min(this.#window.bytes * BATCH_SHARE, this.#window.bytes - this.#bulkBytes),
         ({ ref }) => this.#window.estimate(ref),
       );
       this.#run(lane, items, true);
@@ -316,7 +330,7 @@ export class RemoteSource implements ChunkSource {
     try {
       const { status, body } = await this.#exchange(lane, fetch.wanted, this.#closing.signal);
       this.#lanes.release(lane);
-      this.#backoffMs = BACKOFF_MIN_MS;
+      this.#recovery.worked();
       if (status === 200) fetch.succeed(body);
       else fetch.fail(remoteError(body, status, `${fetch.wanted.path} of ${this.name}`));
     } catch (error) {
@@ -407,7 +421,7 @@ export class RemoteSource implements ChunkSource {
   #onChunk(batch: Batch, index: number, chunk: StoredChunk): void {
     const ref = batch.refs[index]!;
     this.#counts.chunksReceived++;
-    this.#backoffMs = BACKOFF_MIN_MS;
+    this.#recovery.worked();
     this.#window.onChunk(chunk.bytes.length, ref.plainBytes, performance.now());
     if (batch.bulk) {
       const estimate = Math.min(batch.bulkBytes, this.#window.estimate(ref));
@@ -468,31 +482,19 @@ export class RemoteSource implements ChunkSource {
     void this.#recover();
   }
 
-  /** Tries until the way is there, somebody refuses for good, or nobody waits any more. */
   async #recover(): Promise<void> {
     const { signal } = this.#closing;
-    while (this.#waiters.size > 0 && !signal.aborted) {
-      const jitter = 0.75 + Math.random() / 2;
-      await sleep(this.#backoffMs * jitter, undefined, { signal }).catch(() => {});
-      this.#backoffMs = Math.min(this.#backoffMs * 2, BACKOFF_MAX_MS, this.#reconnectTimeoutMs / 8);
-      if (signal.aborted) return;
-      try {
-        if (await this.#transport.connect()) {
-          this.#said = '';
-          this.#counts.reconnects++;
-          this.#onEvent({ type: 'reconnected', message: `connected to ${this.name} again` });
-        }
-        break;
-      } catch (error) {
-        const reason = error as GridError;
-        if (reason.message !== this.#said) this.#onEvent({ type: 'retry', message: reason.message });
-        this.#said = reason.message;
-        if (reason.blame !== 'tunnel') {
-          this.#onLanesFailed(reason);
-          break;
-        }
-      }
-    }
+    const isWaitedFor = () => {
+      // Progress over a lane that still lived has ended a bound; what is left of that call waits like the others.
+      for (const waiter of this.#waiters) this.#bound(waiter, this.#broken!);
+      return this.#waiters.size > 0;
+    };
+    const outcome = await this.#recovery.run(isWaitedFor, signal);
+    if (signal.aborted) return;
+    if (outcome === 'again') {
+      this.#counts.reconnects++;
+      this.#onEvent({ type: 'reconnected', message: `connected to ${this.name} again` });
+    } else if (outcome instanceof GridError) this.#onLanesFailed(outcome);
     this.#broken = undefined;
     this.#pump();
   }

@@ -149,6 +149,7 @@ export class ProxyMetrics {
       ...(source.readProfile ? { readProfile: source.readProfile.bind(source) } : {}),
       ...(source.recordProfile ? { recordProfile: source.recordProfile.bind(source) } : {}),
       ...(source.reportCorrupt ? { reportCorrupt: source.reportCorrupt.bind(source) } : {}),
+      ...(source.way ? { way: source.way.bind(source) } : {}),
       close: () => source.close(),
     };
   }

@@ -16,6 +16,16 @@ export interface ReadChunksOptions {
   readonly signal?: AbortSignal;
 }
 
+/** What a source knows of the way to it, measured on what came over it. */
+export interface WayFigures {
+  /** Shortest time from a request to the first byte of its answer, of late. */
+  readonly roundTripMs: number;
+  /** Stored bytes per second of late; undefined while too little came to say. */
+  readonly bytesPerSecond: number | undefined;
+  /** Stored bytes of prefetch that keep the way full: more at a time would only queue on it. */
+  readonly prefetchBytes: number;
+}
+
 export interface ChunkSource {
   /** For messages and metrics, e.g. `ssh://host/srv/store`. Never holds a secret. */
   readonly name: string;
@@ -61,6 +71,9 @@ export interface ChunkSource {
    * nobody else to ask may leave it out, or count.
    */
   reportCorrupt?(ref: ChunkRef, chunk: StoredChunk): void;
+
+  /** Undefined before the first answer. A source on this host has no such method. */
+  way?(): WayFigures | undefined;
 
   /** Ends connections and open reads (they reject with `closed`). Idempotent. */
   close(): Promise<void>;

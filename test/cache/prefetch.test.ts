@@ -4,7 +4,7 @@ import { test } from 'node:test';
 import type { ChunkRef, StoredChunk } from '../../src/core/chunk.ts';
 import { KIB, MIB } from '../../src/core/limits.ts';
 import type { ReadChunksOptions } from '../../src/core/source.ts';
-import { PrefetchWindow, RateCeiling } from '../../cache/prefetch-window.ts';
+import { RateCeiling } from '../../cache/rate-ceiling.ts';
 import { ReadAhead } from '../../cache/read-ahead.ts';
 import { FaultySource } from '../faults/faulty-source.ts';
 import { failsWith, figures, makeHarness, readAll } from './harness.ts';
@@ -152,15 +152,35 @@ test('read-ahead doubles to its bound in a run, follows several at once, and a k
   );
 });
 
-test('the window grows while calls come back in a round trip and shrinks when they queue', () => {
-  const window = new PrefetchWindow();
-  const smallest = window.bytes;
-  let nowMs = 0;
-  for (let i = 0; i < 20; i++) window.onCall({ firstMs: 30, lastMs: 35, nowMs: (nowMs += 35), queued: true });
-  assert.ok(window.bytes > 4 * smallest);
-  for (let i = 0; i < 30; i++)
-    window.onCall({ firstMs: 200, lastMs: 900, nowMs: (nowMs += 900), queued: true });
-  assert.ok(window.bytes <= smallest * 1.5, `${window.bytes}`);
+test('as much prefetch is under way as the source says that its way takes', async () => {
+  const prefetchBytes = 512 * KIB;
+  let underWayBytes = 0;
+  let mostBytes = 0;
+  class Way extends FaultySource {
+    way() {
+      return { roundTripMs: 30, bytesPerSecond: undefined, prefetchBytes };
+    }
+
+    override async readChunks(
+      refs: readonly ChunkRef[],
+      options: ReadChunksOptions,
+      deliver: (index: number, chunk: StoredChunk) => void,
+    ): Promise<void> {
+      underWayBytes += refs.reduce((sum, ref) => sum + ref.storedBytes!, 0);
+      mostBytes = Math.max(mostBytes, underWayBytes);
+      await super.readChunks(refs, options, (index, chunk) => {
+        underWayBytes -= refs[index]!.storedBytes!;
+        deliver(index, chunk);
+      });
+    }
+  }
+  const source = new Way(await harness.source(), 3);
+  source.arm({ delayMs: 2 });
+  const cache = await harness.open({ folder: harness.fresh(), source });
+  await cache.warm(fixture.digest);
+  assert.equal(source.chunksAskedFor, harness.distinctChunks);
+  assert.ok(mostBytes <= prefetchBytes, `${mostBytes}`);
+  assert.ok(mostBytes > (prefetchBytes * 3) / 4, `${mostBytes}`);
 });
 
 test('prefetch stays below its ceiling of bytes per second', async () => {

@@ -108,6 +108,43 @@ describe('answers', () => {
     );
   });
 
+  // Fails (hangs until its timeout) without the loop over waiters in RemoteSource.#recover.
+  test(
+    'one that goes on over another lane while the way is broken has its bound all the same',
+    {
+      timeout: 20_000,
+    },
+    async () => {
+      const wanted = WANTED.slice(0, 2).map((ref) => ({ ...ref, storedBytes: 200 * 1024 })); // a batch each
+      let held: http.ServerResponse | undefined;
+      await against(
+        (refs, response) => {
+          if (!held) {
+            held = response;
+            response.writeHead(200).flushHeaders();
+            return;
+          }
+          // Nobody can connect any more; what is connected stays.
+          (response.req.socket as unknown as { server: http.Server }).server.close();
+          response.destroy();
+          const other = wanted.find(({ digest }) => digest !== refs[0]!.digest)!;
+          setTimeout(() => held!.write(frameOf(0, other)), 50);
+        },
+        async (source) => {
+          const counts = [0, 0];
+          const reading = source.readChunks(
+            wanted,
+            { priority: 'prefetch' },
+            (index) => void counts[index]!++,
+          );
+          await failsWith(reading, 'unreachable');
+          assert.equal(counts[0]! + counts[1]!, 1);
+        },
+        { reconnectTimeoutMs: 500 },
+      );
+    },
+  );
+
   test('that end properly, but without the END frame, count as cut', async () => {
     let times = 0;
     await against(

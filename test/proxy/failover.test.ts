@@ -180,7 +180,7 @@ describe('with several sources', { timeout: 30_000 }, () => {
     const liar = new FaultySource(await store(), 3);
     const honest = new FaultySource(await store(), 4);
     liar.arm({ corruptShare: 0.3 });
-    const source = await FailoverSource.open([memberOf(liar), memberOf(honest)], { asideMs: 400 });
+    const source = await FailoverSource.open([memberOf(liar), memberOf(honest)], { asideMs: 3_000 });
     try {
       const result = await readAll(source, refs);
       assert.ok(allOnce(result));
@@ -198,7 +198,7 @@ describe('with several sources', { timeout: 30_000 }, () => {
       assert.ok(allOnce(await readAll(source, refs)));
       assert.equal(liar.calls, asked, 'it is not asked while it is aside');
       liar.disarm();
-      await sleep(450);
+      await until(() => source.statistics().sources[0]!.state === 'up', 'its time to be over', 20_000);
       await readAll(source, refs);
       assert.equal(liar.calls, asked + 1, 'it is asked again after that');
     } finally {
