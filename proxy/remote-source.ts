@@ -323,10 +323,7 @@ export class RemoteSource implements ChunkSource {
   }
 
   async #runFetch(lane: Lane, fetch: Fetch): Promise<void> {
-    if (fetch.done) {
-      this.#lanes.release(lane);
-      return;
-    }
+    if (fetch.done) return this.#lanes.release(lane);
     try {
       const { status, body } = await this.#exchange(lane, fetch.wanted, this.#closing.signal);
       this.#lanes.release(lane);
@@ -460,11 +457,13 @@ export class RemoteSource implements ChunkSource {
 
   #join(waiter: Waiter): void {
     this.#waiters.add(waiter);
-    if (this.#broken) this.#bound(waiter, this.#broken);
+    this.#bound([waiter]);
   }
 
-  #bound(waiter: Waiter, reason: GridError): void {
-    waiter.stalled(this.#reconnectTimeoutMs, this.name, reason);
+  /** While the way is broken, whoever waits has a bound. */
+  #bound(waiters: Iterable<Waiter>): void {
+    if (!this.#broken) return;
+    for (const waiter of waiters) waiter.stalled(this.#reconnectTimeoutMs, this.name, this.#broken);
   }
 
   #onLanesFailed(reason: GridError): void {
@@ -475,8 +474,7 @@ export class RemoteSource implements ChunkSource {
   /** The way broke: everybody who waits gets a bound, and the way is made again. */
   #onBroken(reason: GridError): void {
     if (this.#closing.signal.aborted) return;
-    for (const waiter of this.#waiters) this.#bound(waiter, reason);
-    if (this.#broken) return;
+    if (this.#broken) return this.#bound(this.#waiters);
     this.#broken = reason;
     this.#onEvent({ type: 'lost', message: reason.message });
     void this.#recover();
@@ -485,8 +483,7 @@ export class RemoteSource implements ChunkSource {
   async #recover(): Promise<void> {
     const { signal } = this.#closing;
     const isWaitedFor = () => {
-      // Progress over a lane that still lived has ended a bound; what is left of that call waits like the others.
-      for (const waiter of this.#waiters) this.#bound(waiter, this.#broken!);
+      this.#bound(this.#waiters); // progress over a lane that still lived has ended a bound
       return this.#waiters.size > 0;
     };
     const outcome = await this.#recovery.run(isWaitedFor, signal);

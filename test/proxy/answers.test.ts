@@ -108,7 +108,7 @@ describe('answers', () => {
     );
   });
 
-  // Fails (hangs until its timeout) without the loop over waiters in RemoteSource.#recover.
+  // Fails (hangs until its timeout) without `this.#bound` in RemoteSource.#recover.
   test(
     'one that goes on over another lane while the way is broken has its bound all the same',
     {
