@@ -6,13 +6,13 @@
  * test fails on ext4 and XFS with over 100 refetched chunks, with writeRecords before it with over 10.
  */
 import assert from 'node:assert/strict';
-import { execFileSync, spawn } from 'node:child_process';
-import { closeSync, fsyncSync, ftruncateSync, mkdirSync, openSync, readFileSync, rmSync } from 'node:fs';
+import { spawn } from 'node:child_process';
+import { closeSync, fsyncSync, mkdirSync, openSync, readFileSync, rmSync } from 'node:fs';
 import path from 'node:path';
 import { createInterface } from 'node:readline';
 import { test } from 'node:test';
 import { KIB, MIB } from '../../src/core/limits.ts';
-import { ioctl, isRoot, unmount } from '../../src/core/linux.ts';
+import { CrashingDisk, noCrashingDisk } from '../suites/crashing-disk.ts';
 import { randomNumbers } from '../suites/fixtures.ts';
 import { figures, makeHarness, readAll } from './harness.ts';
 
@@ -83,54 +83,15 @@ test(`after kill -9 at ${KILLS} moments no byte is wrong and everything recorded
   assert.ok(evicting > 0, `seed ${seed}: no kill came late enough for evictions`);
 });
 
-/** The shutdown ioctl (EXT4_IOC_SHUTDOWN, XFS_IOC_GOINGDOWN: one number) without flushing the log. */
-const SHUTDOWN = 0x8004587d;
-const NO_LOG_FLUSH = 2;
-
-interface Disk {
-  readonly mountpoint: string;
-  /** From now on nothing reaches the device and nothing can be read. */
-  cutPower(): void;
-  /** Mounted again, as the device was at the cut. */
-  restorePower(): void;
-}
-
-/** A file system of its own on a loop device; undefined where this host cannot have one. */
-function makeDisk(type: 'ext4' | 'xfs', sizeBytes: number): Disk | undefined {
-  if (!isRoot()) return undefined;
-  const file = harness.fresh();
-  const mountpoint = harness.fresh();
-  mkdirSync(mountpoint);
-  const fd = openSync(file, 'wx');
-  ftruncateSync(fd, sizeBytes);
-  closeSync(fd);
-  const mount = () => execFileSync('mount', ['-o', 'loop', file, mountpoint], { stdio: 'pipe' });
-  try {
-    execFileSync(`mkfs.${type}`, type === 'ext4' ? ['-q', '-F', file] : ['-q', '-f', file], {
-      stdio: 'pipe',
-    });
-    mount();
-  } catch {
-    return undefined;
-  }
-  let mounted = true;
-  harness.defer(() => mounted && unmount(mountpoint, 0));
-  return {
-    mountpoint,
-    cutPower() {
-      const root = openSync(mountpoint, 'r');
-      const flags = Buffer.alloc(4);
-      flags.writeUInt32LE(NO_LOG_FLUSH);
-      ioctl(root, SHUTDOWN, flags);
-      closeSync(root);
-    },
-    restorePower() {
-      unmount(mountpoint, 0);
-      mounted = false;
-      mount();
-      mounted = true;
-    },
-  };
+/** A mounted file system of its own; undefined where this host cannot have one. */
+function makeDisk(type: 'ext4' | 'xfs', sizeBytes: number): CrashingDisk | undefined {
+  if (noCrashingDisk() !== false) return undefined;
+  const folder = harness.fresh();
+  mkdirSync(folder);
+  const disk = new CrashingDisk(folder, type, sizeBytes);
+  harness.defer(() => disk.dispose());
+  disk.mount();
+  return disk;
 }
 
 for (const type of ['ext4', 'xfs'] as const) {
@@ -159,12 +120,13 @@ for (const type of ['ext4', 'xfs'] as const) {
     const map = openSync(mapFile, 'r');
     fsyncSync(map);
     closeSync(map);
-    disk.cutPower();
+    disk.losePower();
     await committing;
     // Its disk is gone under the running cache: reads are right, the close is clean.
     assert.ok((await readAll(image)).equals(raw));
     await cache.close();
-    disk.restorePower();
+    await disk.unmount();
+    disk.mount();
     const again = await harness.open({ folder, source });
     const reopened = await again.openImage(fixture.digest);
     const { presentChunks } = await figures(again);
@@ -200,10 +162,11 @@ for (const type of ['ext4', 'xfs'] as const) {
     const data = openSync(path.join(folder, 'images', fixture.digest, 'data'), 'r');
     fsyncSync(data);
     closeSync(data);
-    disk.cutPower();
+    disk.losePower();
     assert.ok((await readAll(image)).equals(raw));
     await cache.close();
-    disk.restorePower();
+    await disk.unmount();
+    disk.mount();
     const again = await harness.open({ folder, source });
     assert.ok((await readAll(await again.openImage(fixture.digest))).equals(raw));
     assert.equal((await figures(again)).refetchedChunks, 0);
@@ -226,7 +189,7 @@ test('when a sync fails, nothing since the last good one counts as present, and 
   await image.read(Buffer.alloc(raw.length - half), half);
   await stored(cache);
   assert.ok((await figures(cache)).presentChunks > presentChunks);
-  disk.cutPower();
+  disk.losePower();
   await cache.flush();
   assert.equal((await figures(cache)).presentChunks, presentChunks);
   assert.match((await cache.status()).degraded!, /cannot sync/);

@@ -26,7 +26,7 @@ export interface Harness {
   /** A fresh folder name; nothing is there yet. */
   fresh(): string;
   /** Runs when the test file is done, before what was opened or deferred earlier. */
-  defer(undo: () => void): void;
+  defer(undo: () => void | Promise<void>): void;
   /** Opens a cache that is closed after the test file, if the test did not. */
   open(options: Omit<CacheOptions, 'log'>): Promise<Cache & { readonly lines: string[] }>;
 }

@@ -8,14 +8,14 @@
  * first of them (blocks written meanwhile show what the disk held).
  */
 import assert from 'node:assert/strict';
-import { execFileSync } from 'node:child_process';
-import { closeSync, mkdirSync, mkdtempSync, openSync, rmSync, truncateSync, writeFileSync } from 'node:fs';
+import { mkdtempSync, rmSync } from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { test } from 'node:test';
 import { createLayer, openClone, openLayer } from '../../src/image/index.ts';
 import type { Clone } from '../../src/image/index.ts';
-import { ioctl, isRoot } from '../../src/core/linux.ts';
+import { MIB } from '../../src/core/limits.ts';
+import { CrashingDisk, noCrashingDisk } from '../suites/crashing-disk.ts';
 import { hasCode } from '../suites/image.ts';
 import { FileImage, seededRandom } from './file-image.ts';
 
@@ -23,75 +23,17 @@ const BASE = 'e'.repeat(64);
 const BLOCK = 4096;
 const BLOCKS = 6000;
 const ROUNDS = process.env['GRIDVFS_LONG'] === '1' ? 60 : 4;
-/** EXT4_IOC_SHUTDOWN = XFS_IOC_GOINGDOWN = _IOR('X', 125, u32), with "do not flush the log". */
-const SHUTDOWN = 0x8004587d;
-const NO_LOG_FLUSH = 2;
-
-function run(program: string, ...args: string[]): string {
-  return execFileSync(program, args, { encoding: 'utf8', stdio: ['ignore', 'pipe', 'pipe'] });
-}
-
-/** Why it cannot be tried here, or false. */
-function whyNot(): string | false {
-  if (!isRoot()) return 'needs root for a loop device';
-  try {
-    run('losetup', '-f');
-    return false;
-  } catch {
-    return 'no loop devices here';
-  }
-}
-
-class CrashingDisk {
-  readonly mountpoint: string;
-  readonly #loop: string;
-  #mounted = false;
-
-  constructor(folder: string, type: string) {
-    this.mountpoint = path.join(folder, type);
-    mkdirSync(this.mountpoint);
-    const file = path.join(folder, `${type}.img`);
-    writeFileSync(file, '');
-    truncateSync(file, 400 * 1024 * 1024);
-    run(`mkfs.${type}`, '-q', file);
-    this.#loop = run('losetup', '--show', '-f', file).trim();
-  }
-
-  mount(): void {
-    run('mount', this.#loop, this.mountpoint);
-    this.#mounted = true;
-  }
-
-  losePower(): void {
-    const fd = openSync(this.mountpoint, 'r');
-    const flags = Buffer.alloc(4);
-    flags.writeUInt32LE(NO_LOG_FLUSH);
-    ioctl(fd, SHUTDOWN, flags);
-    closeSync(fd);
-  }
-
-  unmount(): void {
-    run('umount', this.mountpoint);
-    this.#mounted = false;
-  }
-
-  dispose(): void {
-    if (this.#mounted) this.unmount();
-    run('losetup', '-d', this.#loop);
-  }
-}
-
-for (const type of ['ext4', 'xfs']) {
+for (const type of ['ext4', 'xfs'] as const) {
   test(
     `on ${type}, power loss leaves each block old or new and keeps what was flushed`,
-    { skip: whyNot() },
+    { skip: noCrashingDisk() },
     async (t) => {
       const folder = mkdtempSync(path.join(os.tmpdir(), 'gridvfs-power-'));
-      const disk = new CrashingDisk(folder, type);
+      const disk = new CrashingDisk(folder, type, 400 * MIB);
       let clone: Clone | undefined;
       t.after(async () => {
         await clone?.close();
-        disk.dispose();
+        await disk.dispose();
         rmSync(folder, { recursive: true });
       });
       const seed = Number(process.env['GRIDVFS_SEED'] ?? Math.floor(Math.random() * 2 ** 31));
@@ -102,7 +44,7 @@ for (const type of ['ext4', 'xfs']) {
       const layerFolder = path.join(disk.mountpoint, 'layer');
       await createLayer(layerFolder, { baseDigest: BASE, sizeBytes: BLOCKS * BLOCK });
       disk.losePower();
-      disk.unmount();
+      await disk.unmount();
 
       // A version is the first word of a block: 0xbbbbbbbb in the base, 0 when trimmed, else a stamp.
       const baseContent = Buffer.alloc(BLOCKS * BLOCK, 0xbb);
@@ -158,7 +100,7 @@ for (const type of ['ext4', 'xfs']) {
         for (let i = 0; i < 2; i++) await assert.rejects(() => open.flush(), hasCode('local-io'));
         await open.close();
         clone = undefined;
-        disk.unmount();
+        await disk.unmount();
       }
       t.diagnostic(`${ROUNDS} losses, ${stamp} writes`);
     },
