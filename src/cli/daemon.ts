@@ -59,6 +59,10 @@ export interface DaemonOptions {
   readonly profiles?: boolean;
   readonly driver?: Driver;
   readonly passthrough?: boolean;
+  readonly readOnly?: boolean;
+  readonly allowOther?: boolean;
+  readonly uid?: number;
+  readonly gid?: number;
   readonly accelerator?: 'auto' | 'kvm' | 'tcg';
   /** The mount is there already: the last daemon died, or makes room for this one. */
   readonly takeover?: boolean;
@@ -191,6 +195,10 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
       quiet,
       ...(options.driver === undefined ? {} : { driver: options.driver }),
       ...(options.passthrough === undefined ? {} : { passthrough: options.passthrough }),
+      ...(options.readOnly === undefined ? {} : { readOnly: options.readOnly }),
+      ...(options.allowOther === undefined ? {} : { allowOther: options.allowOther }),
+      ...(options.uid === undefined ? {} : { uid: options.uid }),
+      ...(options.gid === undefined ? {} : { gid: options.gid }),
       ...(options.workers === undefined ? {} : { workers: options.workers }),
     });
     stack.defer(() => mount.unmount({ force: true }));

@@ -4,13 +4,15 @@
  */
 import { Command, CommanderError, InvalidArgumentError, Option } from 'commander';
 import cliProgress from 'cli-progress';
-import { GridError } from '../core/errors.ts';
+import { asGridError, errnoOf } from '../core/errors.ts';
 import { GIB, KIB, MIB } from '../core/limits.ts';
 
 /** A group or verb with the settings all share; `examples` end its --help. */
 export function verb(name: string, summary: string, examples: readonly string[] = []): Command {
   const command = new Command(name).description(summary).exitOverride().showHelpAfterError(false);
-  command.configureOutput({ outputError: (text, write) => write(text.replace(/^error: /, 'gridvfs: ')) });
+  command.configureOutput({
+    outputError: (text, write) => write(`${oneLine(text.replace(/^error: /, 'gridvfs: '))} [bad-request]\n`),
+  });
   if (examples.length > 0) {
     command.addHelpText(
       'after',
@@ -75,6 +77,18 @@ export function parseCount(text: string): number {
   return value;
 }
 
+/** The parser of an option that may be given again. */
+export function collect(value: string, previous: string[] | undefined): string[] {
+  return [...(previous ?? []), value];
+}
+
+/** A user's or group's number, as an option's parser. */
+export function parseId(text: string): number {
+  if (!/^\d+$/.test(text) || Number(text) >= 2 ** 32 - 1)
+    throw new InvalidArgumentError('Write the number of a user or group, e.g. 1000.');
+  return Number(text);
+}
+
 /** "120s", "2m", "500ms", "30" (seconds) → milliseconds, as an option's parser. */
 export function parseDuration(text: string): number {
   const match = /^(\d+(?:\.\d+)?)(ms|s|m|h)?$/.exec(text.trim());
@@ -132,6 +146,8 @@ export class Progress {
 
 /** Runs the program and turns whatever it throws into one line and an exit code. */
 export async function runToExit(program: Command, argv: string[]): Promise<void> {
+  // Whoever reads our output may stop reading (`| head`): that is no failure.
+  process.stdout.on('error', (error) => process.exit(errnoOf(error) === 'EPIPE' ? 0 : 1));
   try {
     await program.parseAsync(argv);
   } catch (error) {
@@ -139,17 +155,16 @@ export async function runToExit(program: Command, argv: string[]): Promise<void>
   }
 }
 
+function oneLine(text: string): string {
+  return text.trim().replaceAll(/\s*\n\s*/g, '; ');
+}
+
 function report(error: unknown): number {
   if (error instanceof CommanderError) return error.exitCode === 0 ? 0 : 2;
-  if (error instanceof GridError) {
-    const line = error.message.trim().replaceAll(/\s*\n\s*/g, '; ');
-    process.stderr.write(`gridvfs: ${line} [${error.code}]\n`);
-    if (process.env['GRIDVFS_DEBUG']) console.error(error);
-    return error.code === 'bad-request' ? 2 : 1;
-  }
-  process.stderr.write(`gridvfs: ${error instanceof Error ? error.message : String(error)}\n`);
+  const known = asGridError(error, 'gridvfs failed', 'bug');
+  process.stderr.write(`gridvfs: ${oneLine(known.message)} [${known.code}]\n`);
   if (process.env['GRIDVFS_DEBUG']) console.error(error);
-  return 1;
+  return known.code === 'bad-request' ? 2 : 1;
 }
 
 /** A signal that aborts on Ctrl-C or SIGTERM; the second Ctrl-C ends the process at once. */

@@ -5,9 +5,9 @@ import type { Command } from 'commander';
 import { GridError } from '../core/errors.ts';
 import { DRIVERS } from '../frontend/fuse/index.ts';
 import type { Driver } from '../frontend/fuse/index.ts';
-import { applyConfig } from './config.ts';
+import { applyConfig, applyMountOptions } from './config.ts';
 import type { SshOptions } from './daemon.ts';
-import { parseBytes, parseCount, parseDuration, parseListen } from './kit.ts';
+import { collect, parseBytes, parseCount, parseDuration, parseId, parseListen } from './kit.ts';
 import { nameOfMountpoint, proxyPaths } from './paths.ts';
 import type { ProxyPaths } from './paths.ts';
 
@@ -24,6 +24,11 @@ export interface ProxyOptions {
   profile?: boolean;
   driver?: Driver;
   passthrough?: boolean;
+  readOnly?: boolean;
+  allowOther?: boolean;
+  uid?: number;
+  gid?: number;
+  options?: string[];
   accel?: 'auto' | 'kvm' | 'tcg';
   identity?: string[];
   knownHosts?: string[];
@@ -34,8 +39,6 @@ export interface ProxyOptions {
   connectTimeout?: number;
   reconnectTimeout?: number;
 }
-
-const collect = (value: string, previous: string[] | undefined) => [...(previous ?? []), value];
 
 export function addProxyOptions(command: Command): Command {
   return command
@@ -59,6 +62,16 @@ export function addProxyOptions(command: Command): Command {
     .option('--no-profile', 'neither replay nor record what starts of VMs touch')
     .addOption(new Option('--driver <which>', 'how the mount is made').choices(DRIVERS))
     .option('--no-passthrough', 'answer every read here, also of images that are wholly on this host')
+    .option('--read-only', 'no writes through the mount, not even to clones')
+    .option('--allow-other', 'let other users in (users: where /etc/fuse.conf says user_allow_other)')
+    .option('--no-allow-other', 'let nobody in but the user who mounts (default for users other than root)')
+    .option('--uid <number>', 'owner of all that the mount shows (default: who mounts)', parseId)
+    .option('--gid <number>', 'its group', parseId)
+    .option(
+      '-o, --options <list>',
+      'options as mount(8) and fstab write them: ro, allow_other, uid=…, and these by their names',
+      collect,
+    )
     .addOption(new Option('--accel <which>', 'how VMs run').choices(['auto', 'kvm', 'tcg']))
     .option('--identity <file>', 'ssh: private key (may be given again)', collect)
     .option('--known-hosts <file>', 'ssh: known hosts (may be given again)', collect)
@@ -94,7 +107,8 @@ export function resolveProxy(
   mountpoint: string,
   given: ProxyOptions,
 ): ProxySettings {
-  applyConfig(command, section, given.config);
+  applyMountOptions(command, given.options ?? []);
+  applyConfig(command, section, command.opts<ProxyOptions>().config);
   const options = command.opts<ProxyOptions>();
   if (source === '') throw new GridError('bad-request', 'the source is empty');
   const paths = proxyPaths(options.name ?? nameOfMountpoint(mountpoint), {
@@ -124,7 +138,7 @@ export function proxyArguments(command: Command, source: string, mountpoint: str
   for (const option of command.options) {
     const name = option.attributeName();
     const value = values[name];
-    if (value === undefined || name === 'json') continue;
+    if (value === undefined || name === 'json' || name === 'options') continue;
     if (typeof value === 'boolean') {
       if (value !== option.negate) args.push(option.long!);
       continue;
