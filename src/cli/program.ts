@@ -11,7 +11,7 @@ interface Group {
 const GROUPS: Record<string, Group> = {
   demo: {
     summary: 'the main job, end to end, with the table of cold and warm starts',
-    load: async () => (await import('./demo.ts')).demoVerb(),
+    load: async () => (await import('./bench.ts')).demoVerb(),
   },
   store: {
     summary: 'make stores, import images, list, verify',
@@ -47,7 +47,7 @@ const GROUPS: Record<string, Group> = {
   },
   bench: {
     summary: 'measure cold and warm instantiation',
-    load: async () => (await import('./demo.ts')).benchVerbs(),
+    load: async () => (await import('./bench.ts')).benchVerbs(),
   },
   doctor: {
     summary: 'what this host can do, and what to install',
