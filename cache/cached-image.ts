@@ -47,8 +47,10 @@ export class CachedImage implements Image {
   }
 
   /** Undefined also while a start is being recorded: passthrough hides what is read. */
-  claimWhole(): Promise<{ readonly fd: number; release(): void } | undefined> {
-    return Promise.resolve(this.#release ? this.#file.claimWhole() : undefined);
+  claimWhole(options?: {
+    readonly held: boolean;
+  }): Promise<{ readonly fd: number; release(): void } | undefined> {
+    return Promise.resolve(this.#release ? this.#file.claimWhole(options?.held) : undefined);
   }
 
   close(): Promise<void> {

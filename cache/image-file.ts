@@ -414,27 +414,28 @@ export class ImageFile {
   /**
    * A descriptor of a file that is this whole image, checked; nothing of it is evicted until `release`. Undefined
    * when something is missing; what is here and was not checked since the start is then checked in the background.
+   * `held`: only the promise about eviction, to the kernel that reads the file since before this process.
    */
-  claimWhole(): { readonly fd: number; release(): void } | undefined {
-    // A reader that leaves no marks would be missing in what is being recorded.
-    if (this.#closed || !this.#disk.direct || this.recordings.size > 0) return undefined;
-    if (this.states.firstIn(UNIT_ABSENT) >= 0 || this.states.firstIn(UNIT_EVICTING) >= 0) return undefined;
-    if (this.states.firstIn(UNIT_UNVERIFIED) >= 0) {
-      this.#verifyingAll ??= this.#verifyAll().finally(() => (this.#verifyingAll = undefined));
-      return undefined;
-    }
-    const fd = this.#disk.readOnlyFd();
+  claimWhole(held = false): { readonly fd: number; release(): void } | undefined {
+    if (this.#closed || !this.#disk.direct || !(held || this.#isWholeAndChecked())) return undefined;
     this.#claims++;
-    let held = true;
-    return {
-      fd,
-      release: () => {
-        if (!held) return;
-        held = false;
-        this.#claims--;
-        this.states.usedWhole(this.#context.space.generation);
-      },
+    let claimed = true;
+    const release = () => {
+      if (!claimed) return;
+      claimed = false;
+      this.#claims--;
+      this.states.usedWhole(this.#context.space.generation);
     };
+    return { fd: this.#disk.readOnlyFd(), release };
+  }
+
+  #isWholeAndChecked(): boolean {
+    // A reader that leaves no marks would be missing in what is being recorded.
+    if (this.recordings.size > 0) return false;
+    if (this.states.firstIn(UNIT_ABSENT) >= 0 || this.states.firstIn(UNIT_EVICTING) >= 0) return false;
+    if (this.states.firstIn(UNIT_UNVERIFIED) < 0) return true;
+    this.#verifyingAll ??= this.#verifyAll().finally(() => (this.#verifyingAll = undefined));
+    return false;
   }
 
   async #verifyAll(): Promise<void> {

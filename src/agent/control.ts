@@ -5,6 +5,7 @@
  *
  *   GET  /v1/status                 the proxy, its images and counters
  *   POST /v1/shutdown               { force } unmounts and ends; in-use while VMs run or files are open
+ *   POST /v1/upgrade                starts a successor, answers { from, to } (pids), and makes room for it
  *   GET  /v1/clones                 POST CloneRequest            GET|DELETE /v1/clones/:id
  *   POST /v1/clones/:id/quota       { quotaBytes? } of its own layer; without: none
  *   POST /v1/clones/:id/commit      { reference, store?, labels? } a new version in a store on this host
@@ -42,6 +43,8 @@ export interface ControlParts {
   /** Base of a new clone. */
   resolve(reference: string): Promise<{ digest: string; manifest: { kind: string; sizeBytes: number } }>;
   readonly cloneWork: CloneWork;
+  /** Starts a successor; `handOver` has it take this proxy's place at once. Missing where there is no holder. */
+  readonly prepareSuccessor?: () => Promise<{ readonly pid: number; handOver(): void }>;
   /** Resolves when the mount is gone. Throws in-use. */
   shutdown(force: boolean): Promise<void>;
   /** Called when the answer to a successful shutdown has been sent. */
@@ -112,6 +115,14 @@ export async function serveControl(
       return { ended: true };
     },
   );
+  app.post('/v1/upgrade', async (_request, reply) => {
+    if (!parts.prepareSuccessor) {
+      throw new GridError('unsupported', 'this proxy runs without a holder: unmount it and mount it again');
+    }
+    const { pid, handOver } = await parts.prepareSuccessor();
+    reply.raw.once('close', handOver);
+    return { from: process.pid, to: pid };
+  });
   serveClones(app, parts);
   vmRoutes(app, parts.machines);
   serveMetrics(app, parts.metrics, () => parts.status());

@@ -9,6 +9,7 @@
 import { closeSync, openSync } from 'node:fs';
 import { mkdir, rename, rm, writeFile } from 'node:fs/promises';
 import path from 'node:path';
+import { setTimeout as sleep } from 'node:timers/promises';
 import { openCache } from '../../cache/index.ts';
 import {
   FAILOVER_TIMEOUT_MS,
@@ -32,14 +33,15 @@ import { parseReference } from '../core/manifest.ts';
 import { QuietPoints } from '../core/quiet.ts';
 import type { ChunkSource } from '../core/source.ts';
 import { cleanDeadMount, mountTree } from '../frontend/fuse/index.ts';
-import type { Driver } from '../frontend/fuse/index.ts';
+import type { Driver, HeldDevices } from '../frontend/fuse/index.ts';
 import { createTree } from '../image/index.ts';
 import { openStore, Store } from '../store/index.ts';
 import { createQemu } from '../vmm/index.ts';
 import { cloneParts, cloneWork } from './clone-parts.ts';
 import { runtimeRoot } from './paths.ts';
 import type { ProxyPaths } from './paths.ts';
-import { controlSocketOf, runningProxies } from './registry.ts';
+import { PatientSource } from './patient-source.ts';
+import { controlSocketOf, livingProcesses, refuseSecond } from './registry.ts';
 import type { ProxyRecord } from './registry.ts';
 
 export interface DaemonOptions {
@@ -64,8 +66,14 @@ export interface DaemonOptions {
   readonly uid?: number;
   readonly gid?: number;
   readonly accelerator?: 'auto' | 'kvm' | 'tcg';
+  /** Devices that outlive this process, and with them the mount. */
+  readonly held?: HeldDevices;
   /** The mount is there already: the last daemon died, or makes room for this one. */
   readonly takeover?: boolean;
+  /** Called when all is ready that does not need the place of the last daemon; resolves when that is free. */
+  readonly standBy?: () => Promise<void>;
+  /** Starts a successor, for `proxy upgrade`. */
+  readonly prepareSuccessor?: () => Promise<{ readonly pid: number; handOver(): void }>;
   readonly ssh: SshOptions;
 }
 
@@ -81,6 +89,8 @@ export interface SshOptions {
 
 export interface Daemon {
   readonly record: ProxyRecord;
+  /** Whether a successor can take the mount over when this process dies. */
+  readonly outlivesProcess: boolean;
   /** Resolves when everything is down, for whatever reason. */
   readonly ended: Promise<'stopped' | 'failed'>;
   /** Throws in-use, unless forced, while VMs run or files are open. */
@@ -111,6 +121,26 @@ function openSources(options: DaemonOptions, log: (line: string) => void): Promi
   );
 }
 
+/** A takeover does not wait for a source that does not answer: what is in the cache is served without it. */
+async function openSourcesAgain(options: DaemonOptions, log: (line: string) => void): Promise<ChunkSource> {
+  const opening = openSources(options, log);
+  const soon = await Promise.race([
+    opening.catch(() => undefined),
+    sleep(TAKEOVER_SOURCE_MS, undefined, { ref: false }),
+  ]);
+  if (soon) return soon;
+  let first: Promise<ChunkSource> | undefined = opening;
+  return new PatientSource(
+    options.source,
+    () => {
+      const attempt = first ?? openSources(options, log);
+      first = undefined;
+      return attempt;
+    },
+    log,
+  );
+}
+
 /** One entry for each source: what it did, and why it is not asked now. */
 function sourceStatistics(source: ChunkSource): SourceForMetrics[] {
   if (source instanceof FailoverSource) {
@@ -122,19 +152,29 @@ function sourceStatistics(source: ChunkSource): SourceForMetrics[] {
 }
 
 export async function startDaemon(options: DaemonOptions, log: (line: string) => void): Promise<Daemon> {
-  const { paths } = options;
+  const { paths, takeover = false } = options;
   const mountpoint = path.resolve(options.mountpoint);
   const stack = new AsyncDisposableStack();
+  // A takeover that fails leaves everything to the next one.
+  let leavesAll = takeover;
+  const deferUnlessLeft = (action: () => Promise<void>) =>
+    stack.defer(() => (leavesAll ? Promise.resolve() : action()));
   try {
-    await refuseSecond(paths, mountpoint);
+    const quiet = new QuietPoints();
+    const connect = async () => {
+      const opened = await (takeover ? openSourcesAgain(options, log) : openSources(options, log));
+      stack.defer(() => opened.close());
+      return opened;
+    };
+    const early = takeover ? await connect() : undefined;
+    await options.standBy?.();
+    // The mount is ours, and would wait for this very process.
+    if (!takeover) await refuseSecond(paths.name, mountpoint);
     for (const what of [paths.name, mountpoint]) stack.defer(await lockFor(what));
     await mkdir(paths.runtime, { recursive: true, mode: 0o700 });
-    stack.defer(() => rm(paths.runtime, { recursive: true, force: true }));
-    await cleanDeadMount(mountpoint);
-
-    const quiet = new QuietPoints();
-    const source = await openSources(options, log);
-    stack.defer(() => source.close());
+    deferUnlessLeft(() => rm(paths.runtime, { recursive: true, force: true }));
+    if (!takeover) await cleanDeadMount(mountpoint);
+    const source = early ?? (await connect());
     const metrics = new ProxyMetrics();
     const cache = await openCache({
       folder: paths.cache,
@@ -174,7 +214,7 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
       folder: path.join(paths.runtime, 'vms'),
       clones,
       log,
-      takeover: options.takeover ?? false,
+      takeover,
       ...(options.profiles === false ? {} : { starts: createStarts(cache, log) }),
       catalog: {
         resolve,
@@ -186,7 +226,6 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
       },
     });
     await machines.cleanUp();
-    clones.resumeFilling();
 
     const tree = createTree({ catalog: cache, clones });
     const mount = await mountTree(tree, mountpoint, {
@@ -199,13 +238,17 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
       ...(options.allowOther === undefined ? {} : { allowOther: options.allowOther }),
       ...(options.uid === undefined ? {} : { uid: options.uid }),
       ...(options.gid === undefined ? {} : { gid: options.gid }),
+      ...(options.held === undefined ? {} : { held: options.held }),
       ...(options.workers === undefined ? {} : { workers: options.workers }),
     });
-    stack.defer(() => mount.unmount({ force: true }));
+    deferUnlessLeft(() => mount.unmount({ force: true }));
+    // Not before: it may have to make room in the cache, and what the kernel reads by itself is claimed by now.
+    clones.resumeFilling();
 
     const record: ProxyRecord = {
       name: paths.name,
       pid: process.pid,
+      processes: livingProcesses(options.held === undefined ? [] : [process.ppid]),
       mountpoint,
       source: source.name,
       cache: paths.cache,
@@ -267,6 +310,7 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
       }),
       cache,
       shutdown: unmountOnce,
+      ...(options.prepareSuccessor === undefined ? {} : { prepareSuccessor: options.prepareSuccessor }),
       ended: () => void finish(),
       status,
       metrics,
@@ -285,9 +329,11 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
       await machines.stopAll(0);
       await finish();
     });
-    log(`mounted ${source.name} at ${mountpoint}`);
+    leavesAll = false;
+    log(takeover ? `took over ${mountpoint}` : `mounted ${source.name} at ${mountpoint}`);
     return {
       record,
+      outlivesProcess: mount.outlivesProcess,
       ended: ended.promise,
       async shutdown(force) {
         await unmountOnce(force);
@@ -300,6 +346,8 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
   }
 }
 
+/** How long a takeover waits for a source that may only be slow: a connection over a long link. */
+const TAKEOVER_SOURCE_MS = 1_500;
 /** What VMs get to power down when the proxy is told to stop regardless of them. */
 const FORCED_GRACE_MS = 5_000;
 
@@ -315,17 +363,6 @@ async function lockFor(what: string): Promise<() => void> {
     'in-use',
     `another proxy holds ${what}, or is just starting there; \`gridvfs proxy status\` shows it`,
   );
-}
-
-async function refuseSecond(paths: ProxyPaths, mountpoint: string): Promise<void> {
-  for (const other of await runningProxies()) {
-    if (other.mountpoint === mountpoint || other.name === paths.name) {
-      throw new GridError(
-        'in-use',
-        `proxy '${other.name}' (pid ${other.pid}) has ${other.source} mounted at ${other.mountpoint}; \`gridvfs umount ${other.mountpoint}\` ends it`,
-      );
-    }
-  }
 }
 
 async function writeRecord(record: ProxyRecord): Promise<void> {

@@ -1,22 +1,22 @@
 /**
  * gridvfs mount and umount. `mount` starts `gridvfs proxy run` in the background and returns when the mount is
  * there: the child writes one JSON line to descriptor 3, either { ready } or { error }, so a failed start is this
- * command's failure, with its reason.
+ * command's failure, with its reason. `umount` ends it, or cleans up after one that was killed with its holder.
  */
 import { spawn } from 'node:child_process';
-import { mkdir, open } from 'node:fs/promises';
+import { mkdir, open, readdir, rm } from 'node:fs/promises';
 import path from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import type { Command } from 'commander';
 import { ControlClient } from '../agent/client.ts';
 import type { ErrorCode } from '../core/errors.ts';
 import { GridError } from '../core/errors.ts';
-import { isRunning } from '../core/linux.ts';
-import { cleanDeadMount } from '../frontend/fuse/index.ts';
+import { checkMountpoint, cleanDeadMount, describeMount, resolveMountpoint } from '../frontend/fuse/index.ts';
+import { createQemu } from '../vmm/index.ts';
 import { jsonOption, show, verb } from './kit.ts';
 import { addProxyOptions, proxyArguments, resolveProxy } from './proxy-options.ts';
 import type { ProxyOptions } from './proxy-options.ts';
-import { controlSocketOf, runningProxies } from './registry.ts';
+import { controlSocketOf, isAlive, proxyRecords, refuseSecond } from './registry.ts';
 import type { ProxyRecord } from './registry.ts';
 
 export function mountVerb(): Command {
@@ -36,10 +36,9 @@ export function mountVerb(): Command {
   return addProxyOptions(command).action(
     async (source: string, mountpoint: string, options: ProxyOptions & { json?: boolean }) => {
       const settings = resolveProxy(command, 'mount', source, mountpoint, options);
-      const record = await startInBackground(
-        settings.paths.state,
-        proxyArguments(command, source, mountpoint),
-      );
+      const { name, state } = settings.paths;
+      const place = await usableMountpoint(mountpoint, name);
+      const record = await startInBackground(state, proxyArguments(command, source, place, name));
       show(
         options,
         record,
@@ -91,21 +90,54 @@ export function umountVerb(): Command {
     .option('--force', 'stop VMs, and detach even while files are open')
     .addOption(jsonOption())
     .action(async (mountpoint: string, options: { force?: boolean; json?: boolean }) => {
-      await stopProxyAt(path.resolve(mountpoint), options.force ?? false);
-      show(options, { unmounted: path.resolve(mountpoint) }, () => `${mountpoint} is unmounted`);
+      const place = await stopProxyAt(mountpoint, options.force ?? false);
+      show(options, { unmounted: place }, () => `${mountpoint} is unmounted`);
     });
 }
 
-/** Ends the proxy that serves `mountpoint`, or cleans up after one that was killed. */
-export async function stopProxyAt(mountpoint: string, force: boolean): Promise<void> {
-  const record = (await runningProxies()).find((one) => one.mountpoint === mountpoint);
-  if (!record) {
-    if (await cleanDeadMount(mountpoint)) return;
-    throw new GridError('not-found', `no gridvfs proxy has anything mounted at ${mountpoint}`);
+/** Refuses what cannot become a mount point, before anything is made for it; returns it without symbolic links. */
+export async function usableMountpoint(mountpoint: string, proxyName: string): Promise<string> {
+  const place = await resolveMountpoint(mountpoint);
+  await refuseSecond(proxyName, place);
+  // One that a killed proxy left is cleaned up when the mount is made.
+  if ((await describeMount(place))?.state === 'dead') return place;
+  return checkMountpoint(place);
+}
+
+/** A proxy that has just died has a successor within this, or its holder has given up. */
+const SUCCESSOR_TIMEOUT_MS = 20_000;
+
+/** Ends the proxy that serves `mountpoint`, or cleans up after one that was killed. Returns the resolved path. */
+export async function stopProxyAt(mountpoint: string, force: boolean): Promise<string> {
+  if (mountpoint === '') throw new GridError('bad-request', 'the mount point is empty');
+  const place = await resolveMountpoint(mountpoint);
+  const record = (await proxyRecords()).find((one) => one.mountpoint === place);
+  if (record && (await isShutDown(record, force))) return place;
+  const wasMounted = await cleanDeadMount(place);
+  if (record) await cleanUpAfter(record);
+  if (record || wasMounted) return place;
+  throw new GridError('not-found', `no gridvfs proxy has anything mounted at ${mountpoint}`);
+}
+
+/** Has a proxy end in order; false when it, its holder and all successors are gone without that. Throws what the
+ * proxy refuses with, timeout. */
+async function isShutDown(record: ProxyRecord, force: boolean): Promise<boolean> {
+  const client = new ControlClient(controlSocketOf(record.runtime));
+  const successorMs = performance.now() + SUCCESSOR_TIMEOUT_MS;
+  for (;;) {
+    if (!isAlive(record)) return false;
+    try {
+      await client.call('POST', '/v1/shutdown', { force });
+      break;
+    } catch (error) {
+      const isBetweenTwo =
+        error instanceof GridError && ['not-found', 'local-io', 'closed'].includes(error.code);
+      if (!isBetweenTwo || performance.now() > successorMs) throw error;
+      await sleep(50);
+    }
   }
-  await new ControlClient(controlSocketOf(record.runtime)).call('POST', '/v1/shutdown', { force });
   const endMs = performance.now() + END_TIMEOUT_MS;
-  while (isRunning(record.pid)) {
+  while (isAlive(record)) {
     if (performance.now() > endMs) {
       throw new GridError(
         'timeout',
@@ -114,4 +146,13 @@ export async function stopProxyAt(mountpoint: string, force: boolean): Promise<v
     }
     await sleep(10);
   }
+  return true;
+}
+
+/** What a proxy leaves that was killed together with its holder: VMs that have lost their disks, and the folder. */
+async function cleanUpAfter({ runtime }: ProxyRecord): Promise<void> {
+  const vmm = createQemu({ accelerator: 'auto', log: () => undefined });
+  const folder = path.join(runtime, 'vms');
+  for (const id of await readdir(folder).catch(() => [])) await vmm.endLost(path.join(folder, id));
+  await rm(runtime, { recursive: true, force: true });
 }

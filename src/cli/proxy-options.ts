@@ -111,6 +111,7 @@ export function resolveProxy(
   applyConfig(command, section, command.opts<ProxyOptions>().config);
   const options = command.opts<ProxyOptions>();
   if (source === '') throw new GridError('bad-request', 'the source is empty');
+  if (mountpoint === '') throw new GridError('bad-request', 'the mount point is empty');
   const paths = proxyPaths(options.name ?? nameOfMountpoint(mountpoint), {
     ...(options.cacheDir === undefined ? {} : { cacheDir: options.cacheDir }),
     ...(options.stateDir === undefined ? {} : { stateDir: options.stateDir }),
@@ -128,8 +129,13 @@ export function resolveProxy(
 }
 
 /** The settings of `command` as arguments of `gridvfs proxy run`, for the process in the background. */
-export function proxyArguments(command: Command, source: string, mountpoint: string): string[] {
-  const args = ['proxy', 'run', absoluteSource(source), path.resolve(mountpoint)];
+export function proxyArguments(
+  command: Command,
+  source: string,
+  mountpoint: string,
+  proxyName: string,
+): string[] {
+  const args = ['proxy', 'run', absoluteSource(source), path.resolve(mountpoint), '--name', proxyName];
   const values = command.opts<Record<string, unknown>>();
   const text: Record<string, (value: number) => string> = {
     connectTimeout: (value) => `${value}ms`,
@@ -138,7 +144,7 @@ export function proxyArguments(command: Command, source: string, mountpoint: str
   for (const option of command.options) {
     const name = option.attributeName();
     const value = values[name];
-    if (value === undefined || name === 'json' || name === 'options') continue;
+    if (value === undefined || ['json', 'options', 'readyFd', 'name'].includes(name)) continue;
     if (typeof value === 'boolean') {
       if (value !== option.negate) args.push(option.long!);
       continue;

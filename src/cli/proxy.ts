@@ -1,13 +1,20 @@
-/** gridvfs proxy run|status|stop: the daemon in the foreground (for systemd), and a look at running ones. */
-import { closeSync, writeSync } from 'node:fs';
+/** gridvfs proxy run|status|upgrade|stop: the daemon in the foreground (for systemd), and a look at running ones. */
+import { spawn } from 'node:child_process';
+import { closeSync, existsSync, writeSync } from 'node:fs';
 import path from 'node:path';
+import { setTimeout as sleep } from 'node:timers/promises';
 import { Option } from 'commander';
 import type { Command } from 'commander';
 import { asGridError, GridError } from '../core/errors.ts';
+import { isRoot } from '../core/linux.ts';
+import { abandonMount, WORKERS_DEFAULT } from '../frontend/fuse/index.ts';
 import { startDaemon } from './daemon.ts';
+import { heldDevices, onHolderGone, prepareSuccessor, standBy, tellHolder } from './held.ts';
+import { hold } from './holder.ts';
 import { bytesText, jsonOption, parseListen, show, table, verb } from './kit.ts';
-import { stopProxyAt } from './mount.ts';
-import { absoluteSource, addProxyOptions, resolveProxy } from './proxy-options.ts';
+import { stopProxyAt, usableMountpoint } from './mount.ts';
+import { runtimeRoot } from './paths.ts';
+import { absoluteSource, addProxyOptions, proxyArguments, resolveProxy } from './proxy-options.ts';
 import type { ProxyOptions } from './proxy-options.ts';
 import { findProxy, runningProxies, withProxyOption } from './registry.ts';
 
@@ -18,7 +25,7 @@ function log(line: string): void {
 function runVerb(): Command {
   const command = verb(
     'run',
-    'Run a proxy in the foreground: the same as mount, for systemd and containers.',
+    'Run a proxy in the foreground: the same as mount, for systemd and containers.\n\nThe process is the holder of the mount; it starts the proxy, and another one when that dies.',
     ['gridvfs proxy run ssh://images.example.org/srv/store /mnt/grid'],
   )
     .argument('<source>')
@@ -33,8 +40,65 @@ function runVerb(): Command {
     ) => {
       const readyFd = given.readyFd === undefined ? undefined : Number(given.readyFd);
       const tell = (message: unknown) => {
-        if (readyFd !== undefined) writeSync(readyFd, JSON.stringify(message));
+        if (readyFd === undefined) return;
+        writeSync(readyFd, JSON.stringify(message));
+        // The reader waits for the end of the pipe, not for a line: only a closed descriptor is an answer.
+        closeSync(readyFd);
       };
+      let served = false;
+      try {
+        const { paths, options } = resolveProxy(command, 'mount', source, mountpoint, given);
+        const place = await usableMountpoint(mountpoint, paths.name);
+        const [, , ...args] = proxyArguments(command, source, place, paths.name);
+        const canBeHeld = isRoot() && options.driver !== 'fuse-native' && existsSync('/dev/fuse');
+        const how = await hold({
+          args,
+          mountpoint: place,
+          devices: canBeHeld ? (options.workers ?? WORKERS_DEFAULT) : 0,
+          folder: runtimeRoot(),
+          log,
+          ready: (record) => {
+            served = true;
+            tell({ ready: record });
+            notifyServiceManager();
+          },
+        });
+        if (how === 'failed') await abandonMount(place);
+        process.exit(how === 'failed' ? 1 : 0);
+      } catch (error) {
+        const known = asGridError(error, 'the proxy cannot start');
+        if (!served) tell({ error: { code: known.code, message: known.message } });
+        if (readyFd === undefined) throw known;
+        log(`${known.message} [${known.code}]`);
+        process.exit(1);
+      }
+    },
+  );
+}
+
+/** systemd's Type=notify: says READY=1 where it asked for it. */
+function notifyServiceManager(): void {
+  if (process.env['NOTIFY_SOCKET'] === undefined) return;
+  const child = spawn('systemd-notify', ['--ready', `--pid=${process.pid}`], { stdio: 'ignore' });
+  child.on('error', (error) => log(`cannot tell systemd: ${error.message}`));
+}
+
+/** The proxy itself, started by its holder. */
+function serveVerb(): Command {
+  const command = verb('serve', 'The proxy behind `proxy run`; started by it alone.')
+    .argument('<source>')
+    .argument('<mountpoint>')
+    .option('--held <count>', 'devices that the holder gave', Number)
+    .option('--takeover', 'the mount is there already')
+    .option('--standby', 'wait for the word of the holder')
+    .addOption(new Option('--log-file <file>').hideHelp());
+  return addProxyOptions(command).action(
+    async (
+      source: string,
+      mountpoint: string,
+      given: ProxyOptions & { held?: number; takeover?: boolean; standby?: boolean; logFile?: string },
+    ) => {
+      const held = given.held === undefined ? undefined : heldDevices(given.held);
       const signals = signalsUntilStarted();
       try {
         const { paths, ssh, options } = resolveProxy(command, 'mount', source, mountpoint, given);
@@ -45,6 +109,10 @@ function runVerb(): Command {
             paths,
             ssh,
             logFile: given.logFile ?? '(standard error)',
+            takeover: given.takeover ?? false,
+            prepareSuccessor,
+            ...(held === undefined ? {} : { held }),
+            ...(given.standby ? { standBy } : {}),
             ...(options.also === undefined ? {} : { also: options.also.map(absoluteSource) }),
             ...(options.metrics === undefined ? {} : { metrics: parseListen(options.metrics) }),
             ...(options.quota === undefined ? {} : { quotaBytes: options.quota }),
@@ -66,18 +134,17 @@ function runVerb(): Command {
           await daemon.shutdown(true);
           throw new GridError('closed', 'interrupted before it was mounted; nothing is left');
         }
-        tell({ ready: daemon.record });
-        // The reader waits for the end of the pipe, not for a line: only a closed descriptor is an answer.
-        if (readyFd !== undefined) closeSync(readyFd);
+        await tellHolder({ kind: 'ready', record: daemon.record, outlives: daemon.outlivesProcess });
+        onHolderGone(() => log('the holder is gone: the mount ends with this proxy now'));
         const how = await daemon.ended;
         log(how);
+        await tellHolder({ kind: 'over', how });
         // Whatever handle a library still holds must not keep a proxy alive that has nothing left to serve.
         process.exit(how === 'failed' ? 1 : 0);
       } catch (error) {
-        const known = asGridError(error, 'the proxy cannot start');
-        tell({ error: { code: known.code, message: known.message } });
-        if (readyFd === undefined) throw known;
-        log(`${known.message} [${known.code}]`);
+        const { code, message } = asGridError(error, 'the proxy cannot start');
+        if (process.connected) await tellHolder({ kind: 'failed', code, message });
+        else log(`${message} [${code}]`);
         process.exit(1);
       }
     },
@@ -153,9 +220,43 @@ function statusVerb(): Command {
     });
 }
 
+/** How long a successor may take to load, connect and take over. */
+const UPGRADE_TIMEOUT_MS = 60_000;
+
+function upgradeVerb(): Command {
+  return withProxyOption(
+    verb(
+      'upgrade',
+      'Replace a running proxy by a new process of the program as it is installed now.\n\nMount, clones and VMs stay; programs that read at that moment wait for an instant.',
+      ['gridvfs proxy upgrade', 'gridvfs proxy upgrade mnt-grid'],
+    ),
+  )
+    .argument('[name]')
+    .addOption(jsonOption())
+    .action(async (name: string | undefined, options: { proxy?: string; json?: boolean }) => {
+      const { record, client } = await findProxy(name ?? options.proxy);
+      const { from, to } = await client.call<{ from: number; to: number }>('POST', '/v1/upgrade', {});
+      const startMs = performance.now();
+      for (;;) {
+        const now = (await runningProxies()).find((one) => one.mountpoint === record.mountpoint);
+        if (now && now.pid !== from) {
+          show(options, { from, to: now.pid }, () => `proxy ${now.name} is pid ${now.pid} now, was ${from}`);
+          return;
+        }
+        if (!now || performance.now() - startMs > UPGRADE_TIMEOUT_MS) {
+          const what = now ? `did not take over in ${UPGRADE_TIMEOUT_MS / 1000} s` : 'did not take over';
+          throw new GridError('timeout', `the new proxy (pid ${to}) ${what}; see ${record.log}`);
+        }
+        await sleep(10);
+      }
+    });
+}
+
 export function proxyVerbs(): Command {
   const group = verb('proxy', "Run this host's proxy in the foreground, show or stop running ones.");
   group.addCommand(runVerb());
+  group.addCommand(serveVerb(), { hidden: true });
+  group.addCommand(upgradeVerb());
   group.addCommand(statusVerb());
   group.addCommand(
     withProxyOption(verb('stop', 'Unmount and end a proxy.', ['gridvfs proxy stop mnt-grid']))

@@ -8,13 +8,15 @@ import path from 'node:path';
 import type { Command } from 'commander';
 import { ControlClient } from '../agent/client.ts';
 import { GridError } from '../core/errors.ts';
-import { isRunning } from '../core/linux.ts';
+import { isRunning, startOf } from '../core/linux.ts';
 import { runtimeRoot } from './paths.ts';
 
 /** What `proxy.json` holds. */
 export interface ProxyRecord {
   readonly name: string;
   readonly pid: number;
+  /** The proxy and, where there is one, its holder: it runs as long as any of them does. */
+  readonly processes: readonly ProcessId[];
   readonly mountpoint: string;
   readonly source: string;
   readonly cache: string;
@@ -24,19 +26,44 @@ export interface ProxyRecord {
   readonly started: string;
 }
 
+/** A pid alone names another process as soon as it is used again. */
+export interface ProcessId {
+  readonly pid: number;
+  /** Of `startOf`. */
+  readonly start: string;
+}
+
+/** This process and `others`, as far as they run. */
+export function livingProcesses(others: readonly number[]): ProcessId[] {
+  return [process.pid, ...others].flatMap((pid) => {
+    const start = startOf(pid);
+    return start === undefined ? [] : [{ pid, start }];
+  });
+}
+
+/** Whether any process of a proxy runs. */
+export function isAlive({ processes }: ProxyRecord): boolean {
+  return processes.some(({ pid, start }) => isRunning(pid) && startOf(pid) === start);
+}
+
 export function controlSocketOf(runtime: string): string {
   return path.join(runtime, 'control.sock');
 }
 
 /** Records of proxies that run. */
 export async function runningProxies(): Promise<ProxyRecord[]> {
+  return (await proxyRecords()).filter(isAlive);
+}
+
+/** Records of all proxies, also of those that were killed with everything that could have cleaned up. */
+export async function proxyRecords(): Promise<ProxyRecord[]> {
   const root = runtimeRoot();
   if (!existsSync(root)) return [];
   const records: ProxyRecord[] = [];
   for (const name of await readdir(root)) {
     try {
       const record = JSON.parse(await readFile(path.join(root, name, 'proxy.json'), 'utf8')) as ProxyRecord;
-      if (isRunning(record.pid)) records.push(record);
+      if (Array.isArray(record.processes)) records.push(record);
     } catch {
       // none there, or one that is just starting or ending
     }
@@ -68,4 +95,16 @@ export async function findProxy(
   if (which === undefined)
     throw new GridError('bad-request', `several proxies run: ${list}; say which with --proxy`);
   throw new GridError('not-found', `no proxy '${which}' runs here; there is ${list}`);
+}
+
+/** Throws in-use when a proxy that runs has the mount point or the name. */
+export async function refuseSecond(name: string, mountpoint: string): Promise<void> {
+  for (const other of await runningProxies()) {
+    if (other.mountpoint === mountpoint || other.name === name) {
+      throw new GridError(
+        'in-use',
+        `proxy '${other.name}' (pid ${other.pid}) has ${other.source} mounted at ${other.mountpoint}; \`gridvfs umount ${other.mountpoint}\` ends it`,
+      );
+    }
+  }
 }

@@ -26,8 +26,11 @@ export interface Image {
   /**
    * For kernel passthrough: a descriptor whose file is, byte for byte, this whole image, checked; nothing of it is
    * taken away until `release`. Undefined when not all of it is here (now). Only read-only images have it.
+   * `held`: the kernel reads the file already, by a claim of a process that has died since: not checked again.
    */
-  claimWhole?(): Promise<{ readonly fd: number; release(): void } | undefined>;
+  claimWhole?(options?: {
+    readonly held: boolean;
+  }): Promise<{ readonly fd: number; release(): void } | undefined>;
 }
 
 /** States of a unit of a base image in `DirectBase.states`. Any value but PRESENT goes to the main thread. */
@@ -137,6 +140,9 @@ export interface ImageTree {
   list(path: TreePath): Promise<TreeEntry[]>;
   /** Opens a file; every open is closed by the caller. Throws not-found, read-only (when `write` on an image). */
   open(path: TreePath, options: { write: boolean }): Promise<Image>;
+  /** Opens what a file was, whatever its name means by now. Throws not-found. A tree without it cannot be taken over
+   * from a daemon that died. */
+  openContent?(contentId: string, options: { write: boolean }): Promise<Image>;
   /** Space behind the tree, for statfs: what clones can still take. */
   space(): Promise<{ totalBytes: number; freeBytes: number }>;
 }

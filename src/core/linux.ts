@@ -45,6 +45,7 @@ const cMount = libc.func(
 );
 const cUmount2 = libc.func('int umount2(const char *target, int flags)');
 const cIoctl = libc.func('int ioctl(int fd, unsigned long request, void *argument)');
+const cFcntl = libc.func('int fcntl(int fd, int command, ...)');
 const cSyncfs = libc.func('int syncfs(int fd)');
 const cGeteuid = libc.func('unsigned int geteuid()');
 const cExit = libc.func('void _exit(int status)');
@@ -228,6 +229,25 @@ export function receiveDescriptor(fd: number): number | undefined {
 
 export function isRoot(): boolean {
   return cGeteuid() === 0;
+}
+
+const F_SETFD = 2;
+const FD_CLOEXEC = 1;
+
+/** Keeps a descriptor that this process inherited from the programs that it starts. */
+export function closeOnExec(fd: number): void {
+  checked('fcntl', cFcntl(fd, F_SETFD, 'int', FD_CLOEXEC) as number);
+}
+
+/** When a process started, in ticks since the boot, as /proc says it: with the pid it names a process for ever.
+ * Undefined when there is none. */
+export function startOf(pid: number): string | undefined {
+  try {
+    const stat = readFileSync(`/proc/${pid}/stat`, 'utf8');
+    return stat.slice(stat.lastIndexOf(')') + 2).split(' ')[19];
+  } catch {
+    return undefined;
+  }
 }
 
 /** Whether a process runs: a zombie that nobody has waited for yet does not. Never throws. */

@@ -45,6 +45,8 @@ export interface CloneCatalog {
 }
 
 const CLONE_FILE = 'disk.raw';
+/** Begins the content id of a clone; that of an image is its digest. */
+const CLONE_CONTENT = 'clone:';
 /** Parsed manifests kept; a page of JSON each. The oldest goes first. */
 const MANIFESTS_KEPT_MAX = 10_000;
 
@@ -140,6 +142,13 @@ class NameTree implements ImageTree {
     return await this.#catalog.openImage(entry.contentId);
   }
 
+  openContent(contentId: string, options: { write: boolean }): Promise<Image> {
+    if (contentId.startsWith(CLONE_CONTENT)) {
+      return this.#clones.open(contentId.slice(CLONE_CONTENT.length), options);
+    }
+    return this.#catalog.openImage(contentId);
+  }
+
   space(): Promise<{ totalBytes: number; freeBytes: number }> {
     return this.#clones.space();
   }
@@ -231,7 +240,7 @@ function cloneFile(clone: CloneEntry): File {
     sizeBytes: clone.sizeBytes,
     writable: true,
     modifiedMs: clone.modifiedMs,
-    contentId: `clone:${clone.id}`,
+    contentId: CLONE_CONTENT + clone.id,
   };
 }
 

@@ -15,9 +15,7 @@ import {
   writeSync,
 } from 'node:fs';
 import path from 'node:path';
-import { setTimeout as sleep } from 'node:timers/promises';
 import { after, before, suite, test } from 'node:test';
-import { isRunning } from '../../src/core/linux.ts';
 import { MIB } from '../../src/core/limits.ts';
 import { World } from './world.ts';
 import type { ServerHandle } from './world.ts';
@@ -97,11 +95,10 @@ suite('images served over ssh and mounted', () => {
     await world.json('umount', world.mountpoint);
   });
 
-  test('after kill -9 of the proxy a remount has what was there, and no byte is wrong', async () => {
+  test('after kill -9 of the proxy and its holder a remount has what was there, and no byte is wrong', async () => {
     const proxy = await world.mount(server.url, server);
     await world.succeeds('cmp', raw, mounted('plain'));
-    process.kill(proxy.pid, 'SIGKILL');
-    while (isRunning(proxy.pid)) await sleep(5);
+    await world.killWhole(proxy);
     const dead = await world.program('ls', world.mountpoint);
     assert.notEqual(dead.code, 0, 'the mount of a killed proxy answers nothing');
     await world.mount(server.url, server);
@@ -130,8 +127,7 @@ suite('images served over ssh and mounted', () => {
       );
     await put(123_457);
     patch.copy(expected, 123_457);
-    process.kill(first.pid, 'SIGKILL');
-    while (isRunning(first.pid)) await sleep(5);
+    await world.killWhole(first);
     await world.mount(server.url, server);
     await put(30 * MIB + 1);
     patch.copy(expected, 30 * MIB + 1);

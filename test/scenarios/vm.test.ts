@@ -9,7 +9,7 @@ import { buildGuest, guestCacheFolder } from '../../bench/guest/build.ts';
 import type { BuiltGuest } from '../../bench/guest/build.ts';
 import { isRunning } from '../../src/core/linux.ts';
 import { World } from './world.ts';
-import type { ServerHandle } from './world.ts';
+import type { ProxyHandle, ServerHandle } from './world.ts';
 
 interface Vm {
   id: string;
@@ -107,11 +107,10 @@ suite('VMs over clones', () => {
     await world.json('clone', 'rm', 'kept');
   });
 
-  test('a proxy that was killed leaves no VM behind once the next one has started', async () => {
-    const { pid } = await world.json<{ pid: number }>('proxy', 'status');
+  test('a proxy that was killed with its holder leaves no VM behind once the next one has started', async () => {
+    const proxy = await world.json<ProxyHandle>('proxy', 'status');
     const vm = await world.json<Vm>('vm', 'run', 'small:1', '--name', 'orphan');
-    process.kill(pid, 'SIGKILL');
-    await eventually(async () => !isRunning(pid));
+    await world.killWhole(proxy);
     await world.mount(server.url, server);
     assert.equal(isRunning(vm.pid), false);
     assert.deepEqual(await world.json('clone', 'ls'), []);

@@ -18,6 +18,8 @@ import {
 import os from 'node:os';
 import path from 'node:path';
 import { createInterface } from 'node:readline';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { isRunning } from '../../src/core/linux.ts';
 import { makeSshKey } from '../../proxy/ssh-key.ts';
 
 const ROOT = path.resolve(import.meta.dirname, '..', '..');
@@ -33,6 +35,15 @@ export interface ServerHandle {
   readonly url: string;
   readonly fingerprint: string;
   stop(): Promise<void>;
+}
+
+/** What `gridvfs mount --json` says. */
+export interface ProxyHandle {
+  readonly pid: number;
+  /** The proxy and its holder. */
+  readonly processes: readonly { readonly pid: number }[];
+  readonly runtime: string;
+  readonly mountpoint: string;
 }
 
 export class World {
@@ -137,11 +148,15 @@ export class World {
   }
 
   /** `gridvfs mount`, at this world's mount point unless another is given. */
-  mount(
-    source: string,
-    server?: ServerHandle,
-  ): Promise<{ pid: number; runtime: string; mountpoint: string }> {
+  mount(source: string, server?: ServerHandle): Promise<ProxyHandle> {
     return this.json('mount', source, this.mountpoint, ...this.proxyOptions(server));
+  }
+
+  /** kill -9 of a proxy together with its holder, as the out-of-memory killer or a crash of the host would. */
+  async killWhole({ processes }: ProxyHandle): Promise<void> {
+    // The holder, which is the last, first: it would start a successor.
+    for (const { pid } of processes.toReversed()) process.kill(pid, 'SIGKILL');
+    for (const { pid } of processes) while (isRunning(pid)) await sleep(5);
   }
 
   dropPageCache(): void {

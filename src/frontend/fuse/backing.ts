@@ -48,11 +48,22 @@ export class BackingFiles {
       claimed.release();
       return undefined;
     }
+    return this.#backing(id, claimed);
+  }
+
+  /** The backing that another process opened for this image: the kernel has the file, we keep it from eviction. */
+  async adopt(image: Image, id: number): Promise<Backing> {
+    const claimed = await image.claimWhole?.({ held: true });
+    if (!claimed) this.#log('an image that the kernel reads by itself is not whole here any more');
+    return this.#backing(id, claimed);
+  }
+
+  #backing(id: number, claimed: { release(): void } | undefined): Backing {
     return {
       id,
       close: () => {
         this.#close(id);
-        claimed.release();
+        claimed?.release();
       },
     };
   }

@@ -9,7 +9,7 @@
 import { closeSync, openSync } from 'node:fs';
 import path from 'node:path';
 import { Worker } from 'node:worker_threads';
-import { GridError } from '../../core/errors.ts';
+import { errnoOf, GridError } from '../../core/errors.ts';
 import { ioctl } from '../../core/linux.ts';
 import type { QuietPoints } from '../../core/quiet.ts';
 import { COUNTERS, send } from './worker.ts';
@@ -34,6 +34,8 @@ export class DeviceWorkers {
   readonly gone: Promise<void>;
   #onFailure: ((error: GridError) => void) | undefined;
   readonly #running: Int32Array;
+  /** What was told before 'start', which every worker hears first. */
+  #early: ToWorker[] | undefined = [];
   #open = true;
 
   private constructor(
@@ -87,15 +89,22 @@ export class DeviceWorkers {
     return self;
   }
 
-  /** Gives the workers the session's descriptor and clones of it, which belong to this object from here on. */
-  serve(sessionFd: number, onRequest: OnRequest, onFailure: (error: GridError) => void): void {
+  /**
+   * Gives the workers the session's descriptor and clones of it, which belong to this object from here on. `clones`:
+   * open devices to make clones of, or that are clones already; otherwise some of its own.
+   */
+  serve(
+    sessionFd: number,
+    clones: readonly number[] | undefined,
+    onRequest: OnRequest,
+    onFailure: (error: GridError) => void,
+  ): void {
     this.#onFailure = onFailure;
     this.#descriptors.push(sessionFd);
-    while (this.#descriptors.length < this.#members.length) {
-      const fd = openSync('/dev/fuse', 'r+');
+    for (let index = 0; this.#descriptors.length < this.#members.length; index++) {
+      const fd = clones?.[index] ?? openSync('/dev/fuse', 'r+');
       this.#descriptors.push(fd);
-      const argument = new Uint8Array(Uint32Array.of(sessionFd).buffer);
-      ioctl(fd, FUSE_DEV_IOC_CLONE, argument);
+      cloneDevice(fd, sessionFd, clones !== undefined);
     }
     Atomics.store(this.#running, 0, this.#members.length);
     for (const [index, member] of this.#members.entries()) {
@@ -117,7 +126,9 @@ export class DeviceWorkers {
         if (!member.ended) this.#fail('it ended while the device was open', undefined);
       });
       post(member, { kind: 'start', fd });
+      for (const message of this.#early ?? []) post(member, message);
     }
+    this.#early = undefined;
   }
 
   #fail(why: string, cause: unknown): void {
@@ -126,7 +137,8 @@ export class DeviceWorkers {
   }
 
   broadcast(message: ToWorker): void {
-    for (const member of this.#members) post(member, message);
+    if (this.#early) this.#early.push(message);
+    else for (const member of this.#members) post(member, message);
   }
 
   /** A counter summed over all workers. */
@@ -154,6 +166,15 @@ export class DeviceWorkers {
   closeDescriptors(): void {
     this.#open = false;
     for (const fd of this.#descriptors.splice(0)) closeSync(fd);
+  }
+}
+
+/** A device that the last daemon made a clone of already answers EINVAL. */
+function cloneDevice(fd: number, sessionFd: number, mayBeDone: boolean): void {
+  try {
+    ioctl(fd, FUSE_DEV_IOC_CLONE, new Uint8Array(Uint32Array.of(sessionFd).buffer));
+  } catch (error) {
+    if (!mayBeDone || errnoOf(error) !== 'EINVAL') throw error;
   }
 }
 

@@ -2,8 +2,15 @@
 export { DRIVERS, mountTree } from './drivers.ts';
 export type { Driver } from './drivers.ts';
 export { READAHEAD_BYTES_DEFAULT, WORKERS_DEFAULT } from './mount.ts';
-export type { FuseMount, MountEnd, MountOptions, MountStatistics, UnmountOptions } from './mount.ts';
-export { describeMount } from './mountinfo.ts';
+export type {
+  FuseMount,
+  HeldDevices,
+  MountEnd,
+  MountOptions,
+  MountStatistics,
+  UnmountOptions,
+} from './mount.ts';
+export { checkMountpoint, describeMount, resolveMountpoint } from './mountinfo.ts';
 export type { MountDescription } from './mountinfo.ts';
 export { loadFuseNative } from './native.ts';
-export { cleanDeadMount } from './unmount.ts';
+export { abandonMount, cleanDeadMount } from './unmount.ts';

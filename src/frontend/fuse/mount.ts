@@ -5,6 +5,16 @@
  * A mount ends in one of three ways, and `ended` tells which: unmounted by us or by anybody else; its connection
  * aborted or a worker failed (then the dead mount is detached); or this process dies, which leaves a mount that
  * answers ENOTCONN, for `cleanDeadMount`. A process that exits in the ordinary way takes its mounts along.
+ *
+ * A held mount (`MountOptions.held`) outlives this process however it ends, unless it was unmounted: another process
+ * keeps the devices open, and the ledger says what the kernel knows. The next process finds the mount in the ledger
+ * and takes it over: it opens what was open, gives the devices to its workers, and has the kernel send again what
+ * the dead process took and did not answer. Never may it look at its own mount before that: it would wait for itself.
+ *
+ * Why a WRITE that is sent again does no harm: the kernel sends only what nobody answered, so whoever wrote it
+ * still waits, and the same bytes go to the same place. A later write to that place that was acknowledged meanwhile
+ * was under way at the same time, and which of two such writes is the last is open on any disk. The same holds for
+ * trims; a flush that is done twice is a flush.
  */
 import { closeSync, openSync, readSync, writeFileSync } from 'node:fs';
 import { checkedNumber } from '../../core/bytes.ts';
@@ -26,7 +36,8 @@ import { BackingFiles } from './backing.ts';
 import { DeviceWorkers } from './device.ts';
 import { mountByHelper, takeDown, takeDownNow } from './fusermount.ts';
 import { checkMountpoint, findMount, findMountSync, MOUNT_TYPE } from './mountinfo.ts';
-import { encodeInitReply, REQUEST_BUFFER_BYTES } from './protocol.ts';
+import { Ledger } from './ledger.ts';
+import { encodeInitReply, encodeResend, REQUEST_BUFFER_BYTES } from './protocol.ts';
 import { Session } from './session.ts';
 import { detachMount, released } from './unmount.ts';
 import {
@@ -67,8 +78,17 @@ export interface MountOptions {
   readonly passthrough?: boolean;
   /** The process's quiet points, which the images below use too; default: some of its own. */
   readonly quiet?: QuietPoints;
+  /** Devices and ledger that somebody keeps open beyond this process's end; with it the mount outlives us. */
+  readonly held?: HeldDevices;
   /** Gets a line for each failed request and each trouble. */
   readonly log?: (message: string) => void;
+}
+
+export interface HeldDevices {
+  /** Open /dev/fuse, once for each worker: the first is the session's, the others become clones of it. */
+  readonly devices: readonly number[];
+  /** The file of ledger.ts; empty at first. */
+  readonly ledger: number;
 }
 
 export interface MountStatistics {
@@ -112,6 +132,8 @@ export interface FuseMount {
   /** Resolves when the mount, its threads, descriptors and images are gone (`lazy`: when it is detached). Throws
    * in-use, with who uses it, and leaves the mount as it was. */
   unmount(options?: UnmountOptions): Promise<void>;
+  /** Whether the mount goes on when this process dies, because somebody holds it and the kernel can resend. */
+  readonly outlivesProcess: boolean;
   /** Resolves when everything is released, whoever ended the mount. Never rejects. */
   readonly ended: Promise<MountEnd>;
   statistics(): MountStatistics;
@@ -127,17 +149,24 @@ export async function mountKernel(
   mountpoint: string,
   options: MountOptions,
 ): Promise<FuseMount> {
-  const workerCount = checkedNumber(options.workers ?? WORKERS_DEFAULT, 'workers', WORKERS_MAX);
+  const { held } = options;
+  const workerCount = checkedNumber(
+    held?.devices.length ?? options.workers ?? WORKERS_DEFAULT,
+    'workers',
+    WORKERS_MAX,
+  );
   if (workerCount === 0) throw new GridError('bad-request', 'a mount needs at least one worker');
   const readaheadBytes = checkedNumber(
     options.readaheadBytes ?? READAHEAD_BYTES_DEFAULT,
     'readaheadBytes',
     READAHEAD_BYTES_MAX,
   );
-  const place = await checkMountpoint(mountpoint);
+  const log = options.log ?? (() => undefined);
+  const ledger = held ? new Ledger(held.ledger, log) : undefined;
+  const before = ledger?.read();
+  const place = before ? before.mount.mountpoint : await checkMountpoint(mountpoint);
   const root = await tree.lookup([]);
   if (root?.type !== 'directory') throw new GridError('bug', 'the root of a tree is not a directory');
-  const log = options.log ?? (() => undefined);
   const workers = await DeviceWorkers.start(workerCount, options.quiet ?? new QuietPoints(), log);
   let backings: BackingFiles | undefined;
   const session = new Session({
@@ -148,33 +177,47 @@ export async function mountKernel(
     log,
     opened: (handle, map) => workers.broadcast({ kind: 'opened', handle, map }),
     released: (handle) => workers.broadcast({ kind: 'released', handle }),
-    claim: async (image) => backings?.claim(image),
+    claim: async (image) => ((options.passthrough ?? true) ? backings?.claim(image) : undefined),
+    ledger,
   });
   let sessionFd;
   try {
-    sessionFd = await attach(place, options);
+    sessionFd = before ? held!.devices[0]! : await attach(place, options);
   } catch (error) {
     await workers.terminate();
     throw error;
   }
   let owned = false;
   try {
-    const offersPassthrough = answerInit(sessionFd, readaheadBytes);
-    if (offersPassthrough && (options.passthrough ?? true)) backings = new BackingFiles(sessionFd, log);
-    const entry = await findMount(place);
-    if (!entry) throw new GridError('local-io', `the mount at ${place} vanished while it was made`);
-    raiseReadahead(entry.device, readaheadBytes, log);
-    const result = new Mount(place, entry.id, workers, session, log);
+    let fact = before?.mount;
+    if (!fact) {
+      const agreed = answerInit(sessionFd, readaheadBytes);
+      const entry = await findMount(place);
+      if (!entry) throw new GridError('local-io', `the mount at ${place} vanished while it was made`);
+      raiseReadahead(entry.device, readaheadBytes, log);
+      fact = { mountpoint: place, mountId: entry.id, ...agreed };
+    }
+    if (fact.passthrough) backings = new BackingFiles(sessionFd, log);
+    await session.begin(fact, before, async (image, id) => backings?.adopt(image, id));
+    const result = new Mount(place, fact.mountId, workers, session, log, held !== undefined && fact.resend);
     owned = true;
-    result.serve(sessionFd);
+    result.serve(sessionFd, held?.devices.slice(1));
+    if (before) askAgain(sessionFd, log);
     return result;
   } catch (error) {
-    await takeDown(place, MNT_FORCE | MNT_DETACH);
+    if (!before) await takeDown(place, MNT_FORCE | MNT_DETACH);
     await workers.terminate();
     if (owned) workers.closeDescriptors();
-    else closeSync(sessionFd);
+    else if (!held) closeSync(sessionFd);
     throw error;
   }
+}
+
+/** What the dead process took and did not answer comes once more, marked as such. */
+function askAgain(sessionFd: number, log: (message: string) => void): void {
+  const notice = encodeResend();
+  const failure = send(sessionFd, notice, notice.length);
+  if (failure !== undefined) log(`what was under way is not asked again: ${failure}`);
 }
 
 /** Makes the mount: root by mount(2), users through fusermount3. Returns the session's descriptor. */
@@ -189,7 +232,7 @@ async function attach(place: string, options: MountOptions): Promise<number> {
     const names = [`fsname=${fsName}`, `subtype=${MOUNT_TYPE.replace('fuse.', '')}`];
     return mountByHelper(place, [...names, ...data, ...(options.readOnly ? ['ro'] : [])]);
   }
-  const sessionFd = openDevice();
+  const sessionFd = options.held?.devices[0] ?? openDevice();
   const owner = [`user_id=${process.getuid!()}`, `group_id=${process.getgid!()}`];
   const flags = MS_NOSUID | MS_NODEV | (options.readOnly ? MS_RDONLY : 0);
   try {
@@ -197,7 +240,7 @@ async function attach(place: string, options: MountOptions): Promise<number> {
     mount(options.fsName, place, MOUNT_TYPE, flags, all.join(','));
     return sessionFd;
   } catch (error) {
-    closeSync(sessionFd);
+    if (!options.held) closeSync(sessionFd);
     throw asGridError(error, `cannot mount at ${place}`);
   }
 }
@@ -212,14 +255,14 @@ function openDevice(): number {
   }
 }
 
-/** The kernel queued INIT before mount(2) returned, so this read does not wait. Whether it can pass reads through. */
-function answerInit(sessionFd: number, readaheadBytes: number): boolean {
+/** The kernel queued INIT before mount(2) returned, so this read does not wait. What both sides can do. */
+function answerInit(sessionFd: number, readaheadBytes: number): { passthrough: boolean; resend: boolean } {
   const request = Buffer.alloc(REQUEST_BUFFER_BYTES);
   const length = readSync(sessionFd, request, 0, request.length, null);
-  const { reply, passthrough } = encodeInitReply(request.subarray(0, length), readaheadBytes);
+  const { reply, passthrough, resend } = encodeInitReply(request.subarray(0, length), readaheadBytes);
   const failure = send(sessionFd, reply, reply.length);
   if (failure !== undefined) throw new GridError('unsupported', failure);
-  return passthrough;
+  return { passthrough, resend };
 }
 
 /** INIT can only lower the kernel's default of 128 KiB; above it the mount's device has to be told. */
@@ -237,7 +280,7 @@ const living = new Set<Mount>();
 
 /**
  * Node waits for its threads when it exits, and a thread in the device waits for the kernel. Where the mount lives
- * on (detached but in use, in another mount namespace) only the end of the process ends it.
+ * on (held for a successor; detached but in use, in another mount namespace) only the end of the process ends it.
  */
 process.on('exit', (code) => {
   const left = [...living].map((mount) => mount.abandon());
@@ -254,6 +297,7 @@ class Mount implements FuseMount {
   readonly #workers: DeviceWorkers;
   readonly #session: Session;
   readonly #log: (message: string) => void;
+  readonly outlivesProcess: boolean;
   #failure: GridError | undefined;
   #over = false;
 
@@ -263,7 +307,9 @@ class Mount implements FuseMount {
     workers: DeviceWorkers,
     session: Session,
     log: (message: string) => void,
+    outlivesProcess: boolean,
   ) {
+    this.outlivesProcess = outlivesProcess;
     this.mountpoint = mountpoint;
     this.#mountId = mountId;
     this.#workers = workers;
@@ -272,19 +318,22 @@ class Mount implements FuseMount {
     this.ended = workers.gone.then(() => this.#finish());
   }
 
-  serve(sessionFd: number): void {
+  serve(sessionFd: number, clones: readonly number[] | undefined): void {
     this.#workers.serve(
       sessionFd,
+      clones,
       (bytes, reply) => this.#session.handle(bytes, reply),
       (failure) => void this.#fail(failure),
     );
     living.add(this);
   }
 
-  /** One thread less means requests that nobody answers: the mount ends, and `ended` says why. */
+  /** One thread less means requests that nobody answers: the mount ends, and `ended` says why; a held one is left to
+   * the next process, which has all its threads. */
   async #fail(failure: GridError): Promise<void> {
     this.#failure = failure;
     this.#log(failure.message);
+    if (this.outlivesProcess) exitNow(1);
     await takeDown(this.mountpoint, MNT_FORCE | MNT_DETACH).catch(() => undefined);
   }
 
@@ -311,8 +360,10 @@ class Mount implements FuseMount {
     if (!options.lazy || options.force) await released(this.mountpoint, this.ended);
   }
 
-  /** At the end of the process: cuts everybody off. Whether the threads are out of the device then. */
+  /** At the end of the process: cuts everybody off, unless a successor serves them. Whether the threads are out of
+   * the device then. */
   abandon(): boolean {
+    if (this.outlivesProcess) return false;
     try {
       if (findMountSync(this.mountpoint)?.id === this.#mountId) {
         takeDownNow(this.mountpoint, MNT_FORCE | MNT_DETACH);

@@ -370,6 +370,7 @@ export async function mountNative(
 
 class NativeMount implements FuseMount {
   readonly mountpoint: string;
+  readonly outlivesProcess = false;
   readonly ended: Promise<MountEnd>;
   readonly #mountId: number;
   readonly #operations: Operations;

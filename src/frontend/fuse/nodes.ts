@@ -8,6 +8,7 @@
 import { createHash } from 'node:crypto';
 import type { Image, TreeEntry, TreePath } from '../../core/image.ts';
 import type { Backing } from './backing.ts';
+import type { Fact, Ledger, NodeFact } from './ledger.ts';
 import { Refusal, ROOT_NODE } from './protocol.ts';
 
 export interface Node {
@@ -34,9 +35,12 @@ export function inoOf(key: string): number {
 export class NodeTable {
   readonly #byId = new Map<number, Node>();
   readonly #byKey = new Map<string, Node>();
+  readonly #ledger: Ledger | undefined;
   #nextId = ROOT_NODE + 1;
 
-  constructor(root: TreeEntry) {
+  /** Where there is a ledger, it hears of every node before its `flush`. */
+  constructor(root: TreeEntry, ledger?: Ledger) {
+    this.#ledger = ledger;
     const node = { id: ROOT_NODE, path: [], key: keyOf([], root), ino: 1, entry: root, lookups: 1 };
     this.#byId.set(node.id, node);
     this.#byKey.set(node.key, node);
@@ -44,6 +48,28 @@ export class NodeTable {
 
   get size(): number {
     return this.#byId.size;
+  }
+
+  get nextId(): number {
+    return this.#nextId;
+  }
+
+  /** Takes over what another process told the kernel. */
+  restore(nodes: readonly NodeFact[], nextId: number): void {
+    for (const { id, path, entry, lookups } of nodes) {
+      const key = keyOf(path, entry);
+      const node = { id, path, key, ino: inoOf(key), entry, lookups };
+      this.#byId.set(id, node);
+      this.#byKey.set(key, node);
+    }
+    this.#nextId = Math.max(this.#nextId, nextId);
+  }
+
+  /** All nodes but the root, for a ledger that begins anew. */
+  *facts(): Generator<Fact> {
+    for (const { id, lookups, path, entry } of this.#byId.values()) {
+      if (id !== ROOT_NODE) yield ['node', id, lookups, path, entry];
+    }
   }
 
   /** Throws ESTALE for an id that was never given out or is forgotten. */
@@ -61,6 +87,9 @@ export class NodeTable {
       node = { id: this.#nextId++, path, key, ino: inoOf(key), entry, lookups: 0 };
       this.#byId.set(node.id, node);
       this.#byKey.set(key, node);
+      this.#ledger?.note(['node', node.id, 1, path, entry]);
+    } else {
+      this.#ledger?.note(['looked', node.id]);
     }
     node.entry = entry;
     node.lookups++;
@@ -76,6 +105,7 @@ export class NodeTable {
   forget(id: number, lookups: number): void {
     const node = this.#byId.get(id);
     if (!node || id === ROOT_NODE) return;
+    this.#ledger?.note(['forgot', id, lookups]);
     node.lookups -= lookups;
     if (node.lookups > 0) return;
     this.#byId.delete(id);
@@ -134,6 +164,19 @@ export class ImageTable {
       image.users++;
       return image;
     }
+  }
+
+  /** The open image of `key` as another process left it: read by the kernel through `backing`, or by nobody else. */
+  adopt(
+    key: string,
+    open: () => Promise<Image>,
+    claim: (image: Image) => Promise<Backing | undefined>,
+  ): Promise<SharedImage> {
+    const opened = open().then(async (image): Promise<SharedImage> => {
+      return { key, image, backing: await claim(image), users: 0, inFlight: 0 };
+    });
+    this.#shares.set(key, { opened });
+    return opened;
   }
 
   release(shared: SharedImage): void {

@@ -23,6 +23,9 @@ export const REQUEST_BUFFER_BYTES = FUSE_REQUEST_BYTES_MAX + 4096;
 
 export const ROOT_NODE = 1;
 
+/** Set in `unique` of a request that is sent again after NOTIFY_RESEND; its reply bears it too. */
+export const UNIQUE_RESEND = 1n << 63n;
+
 export const LOOKUP = 1;
 export const FORGET = 2;
 export const GETATTR = 3;
@@ -95,8 +98,13 @@ const WANTED =
   MAX_PAGES |
   INIT_EXT;
 
+/** In place of the error, in a "reply" with unique 0. */
+const NOTIFY_RESEND = 7;
+
 /** In flags2: bit 37 of all flags. */
 const PASSTHROUGH = 2 ** 5;
+/** Bit 39: the kernel sends requests again that a daemon took and did not answer (Linux 6.9). */
+const HAS_RESEND = 2 ** 7;
 /** How deep file systems may be stacked with passthrough: our files lie on an ordinary one. */
 const STACK_DEPTH_MAX = 1;
 
@@ -105,12 +113,12 @@ const MAJOR = 7;
 const MINOR = 40;
 const MINOR_MIN = 31;
 
-/** The reply to INIT, and whether it agreed on passthrough; throws unsupported for a kernel older than protocol 7.31
+/** The reply to INIT, and whether it agreed on passthrough and resending; throws unsupported for a kernel older than protocol 7.31
  * (Linux 5.4). */
 export function encodeInitReply(
   request: Buffer,
   readaheadBytes: number,
-): { readonly reply: Buffer; readonly passthrough: boolean } {
+): { readonly reply: Buffer; readonly passthrough: boolean; readonly resend: boolean } {
   const body = request.subarray(IN_HEADER_BYTES);
   if (request.length < IN_HEADER_BYTES + 16 || request.readUInt32LE(4) !== INIT) {
     throw new GridError('unsupported', 'the kernel did not start the FUSE session with INIT');
@@ -126,6 +134,7 @@ export function encodeInitReply(
   const offered = body.readUInt32LE(12);
   const offered2 = (offered & INIT_EXT) !== 0 && body.length >= 20 ? body.readUInt32LE(16) : 0;
   const passthrough = (offered2 & PASSTHROUGH) !== 0;
+  const resend = (offered2 & HAS_RESEND) !== 0;
   const out = Buffer.alloc(64);
   out.writeUInt32LE(MAJOR, 0);
   out.writeUInt32LE(Math.min(minor, MINOR), 4);
@@ -137,11 +146,17 @@ export function encodeInitReply(
   out.writeUInt32LE(FUSE_REQUEST_BYTES_MAX, 20);
   out.writeUInt32LE(1, 24); // time stamps count in nanoseconds
   out.writeUInt16LE(FUSE_REQUEST_BYTES_MAX / 4096, 28);
-  if (passthrough) {
-    out.writeUInt32LE(PASSTHROUGH, 32);
-    out.writeUInt32LE(STACK_DEPTH_MAX, 36);
-  }
-  return { reply: encodeReply(request.readBigUInt64LE(8), out), passthrough };
+  out.writeUInt32LE((passthrough ? PASSTHROUGH : 0) + (resend ? HAS_RESEND : 0), 32);
+  if (passthrough) out.writeUInt32LE(STACK_DEPTH_MAX, 36);
+  return { reply: encodeReply(request.readBigUInt64LE(8), out), passthrough, resend };
+}
+
+/** FUSE_NOTIFY_RESEND: what was taken from the session's devices and not answered is sent again. */
+export function encodeResend(): Buffer {
+  const notice = Buffer.alloc(OUT_HEADER_BYTES);
+  notice.writeUInt32LE(OUT_HEADER_BYTES, 0);
+  notice.writeInt32LE(NOTIFY_RESEND, 4);
+  return notice;
 }
 
 export function encodeReply(unique: bigint, body: Uint8Array): Buffer {

@@ -19,6 +19,9 @@ import type { DirectMap, Image, ImageTree, TreeEntry } from '../../core/image.ts
 import { FUSE_REQUEST_BYTES_MAX } from '../../core/limits.ts';
 import type { Backing } from './backing.ts';
 import { Call, CallTable } from './calls.ts';
+import { HandleTable } from './handles.ts';
+import type { Reopening } from './handles.ts';
+import type { Fact, Facts, Ledger, MountFact } from './ledger.ts';
 import { ImageTable, NodeTable } from './nodes.ts';
 import type { Node, SharedImage } from './nodes.ts';
 import * as fuse from './protocol.ts';
@@ -36,11 +39,8 @@ export interface SessionOptions {
   readonly released: (handle: number) => void;
   /** For passthrough, where the kernel and we agreed on it. */
   readonly claim?: (image: Image) => Promise<Backing | undefined>;
-}
-
-interface Listing {
-  readonly node: Node;
-  readonly entries: readonly { readonly name: Buffer; readonly entry: TreeEntry }[];
+  /** Hears of all that the kernel is told, where the mount is to outlive this process. */
+  readonly ledger?: Ledger | undefined;
 }
 
 const NAME_TTL_SECONDS = 1;
@@ -56,9 +56,9 @@ export class Session {
   readonly #nodes: NodeTable;
   readonly #images: ImageTable;
   readonly #calls: CallTable;
-  readonly #files = new Map<number, SharedImage>();
-  readonly #listings = new Map<number, Listing>();
-  #nextHandle = 1;
+  readonly #ledger: Ledger | undefined;
+  readonly #handles: HandleTable;
+  #mount: MountFact | undefined;
   #failures = 0;
   #reads = 0;
   #readBytes = 0;
@@ -67,17 +67,58 @@ export class Session {
 
   constructor(options: SessionOptions) {
     this.#options = options;
-    this.#nodes = new NodeTable(options.root);
+    this.#ledger = options.ledger;
+    this.#handles = new HandleTable(options.ledger);
+    this.#nodes = new NodeTable(options.root, options.ledger);
     this.#images = new ImageTable(options.log, options.claim ?? (async () => undefined));
     this.#calls = new CallTable();
+  }
+
+  /** Before the first request. `before`: what another process told the kernel through this mount; the files that it
+   * had open are opened again, those that the kernel reads by itself with what `adopt` gives. */
+  async begin(
+    mount: MountFact,
+    before?: Facts,
+    adopt: Reopening['adopt'] = async () => undefined,
+  ): Promise<void> {
+    const { tree, readOnly, log, opened } = this.#options;
+    this.#mount = mount;
+    if (before) {
+      const [nodes, images] = [this.#nodes, this.#images];
+      nodes.restore(before.nodes, before.nextNode);
+      await this.#handles.restore(before, {
+        ...{ tree, readOnly, nodes, images, adopt, log },
+        opened: (handle, { image }) => opened(handle, image.direct),
+      });
+    }
+    this.#ledger?.rewrite(this.#facts(mount));
+  }
+
+  /** All that is true now, for a ledger that begins anew. */
+  *#facts(mount: MountFact): Generator<Fact> {
+    yield ['mount', mount];
+    yield* this.#nodes.facts();
+    yield* this.#handles.facts(this.#nodes.nextId);
   }
 
   /** Takes one request; `bytes` stays with the session. `reply` is called once, or never for FORGET and the like. */
   handle(bytes: Buffer, reply: (bytes: Buffer) => void): void {
     if (bytes.length < fuse.IN_HEADER_BYTES) return; // nobody to answer
-    const call = new Call(new fuse.Request(bytes), reply);
-    if (this.#handleUnanswered(call.request)) return;
+    const recorded = (answer: Buffer) => {
+      this.#record();
+      reply(answer);
+    };
+    const call = new Call(new fuse.Request(bytes), this.#ledger ? recorded : reply);
+    if (this.#handleUnanswered(call.request)) {
+      this.#record();
+      return;
+    }
     void this.#run(call);
+  }
+
+  #record(): void {
+    this.#ledger?.flush();
+    if (this.#mount && this.#ledger?.wantsRewrite) this.#ledger.rewrite(this.#facts(this.#mount));
   }
 
   async #run(call: Call): Promise<void> {
@@ -230,14 +271,23 @@ export class Session {
     const writes = (flags & O_ACCMODE) !== 0 || (flags & O_TRUNC) !== 0;
     if (writes && (!entry.writable || this.#options.readOnly)) throw new Refusal('EROFS');
     if ((flags & O_TRUNC) !== 0) throw new Refusal('EPERM');
+    const made = this.#handles.madeFor(call.request.unique);
+    const file = made === undefined ? undefined : this.#handles.file(made);
+    if (file) {
+      this.#answerOpen(call, made!, file);
+      return;
+    }
     const shared = await this.#images.acquire(node.key, () => this.#openImage(node));
     if (call.answered) {
       this.#images.release(shared);
       return;
     }
-    const handle = this.#nextHandle++;
-    this.#files.set(handle, shared);
+    const handle = this.#handles.addFile(node, shared, call.request.unique);
     this.#options.opened(handle, shared.image.direct);
+    this.#answerOpen(call, handle, shared);
+  }
+
+  #answerOpen(call: Call, handle: number, shared: SharedImage): void {
     if (shared.backing) {
       this.#passthroughOpens++;
       call.answer(openReply(handle, fuse.FOPEN_PASSTHROUGH, shared.backing.id));
@@ -268,7 +318,7 @@ export class Session {
   }
 
   #file(call: Call): SharedImage {
-    const shared = this.#files.get(call.request.u64(0));
+    const shared = this.#handles.file(call.request.u64(0));
     if (!shared) throw new Refusal('EBADF');
     return shared;
   }
@@ -331,7 +381,8 @@ export class Session {
   #release(call: Call): void {
     const shared = this.#file(call);
     const handle = call.request.u64(0);
-    this.#files.delete(handle);
+    // First of all: a successor must not believe in a backing id that was given back to the kernel.
+    this.#handles.removeFile(handle);
     this.#options.released(handle);
     this.#images.release(shared);
     call.answer(EMPTY);
@@ -341,21 +392,19 @@ export class Session {
   async #opendir(call: Call): Promise<void> {
     const node = this.#nodes.get(call.request.nodeId);
     if (node.entry.type !== 'directory') throw new Refusal('ENOTDIR');
+    const made = this.#handles.madeFor(call.request.unique);
+    if (made !== undefined && this.#handles.listing(made)) {
+      call.answer(openReply(made, 0));
+      return;
+    }
     const entries = await this.#options.tree.list(node.path);
     if (call.answered) return;
-    const handle = this.#nextHandle++;
-    this.#listings.set(handle, {
-      node,
-      entries: ['.', '..']
-        .map((name) => ({ name: Buffer.from(name), entry: node.entry }))
-        .concat(entries.map((entry) => ({ name: Buffer.from(entry.name), entry }))),
-    });
-    call.answer(openReply(handle, 0));
+    call.answer(openReply(this.#handles.addListing(node, entries, call.request.unique), 0));
   }
 
   /** u64 fh, u64 index of the first entry, u32 size, … → entries, as many as fit; `plus`: each after its node. */
   #readdir(call: Call, plus: boolean): void {
-    const listing = this.#listings.get(call.request.u64(0));
+    const listing = this.#handles.listing(call.request.u64(0));
     if (!listing) throw new Refusal('EBADF');
     const out = Buffer.alloc(Math.min(call.request.u32(16), FUSE_REQUEST_BYTES_MAX));
     let at = 0;
@@ -378,7 +427,7 @@ export class Session {
   }
 
   #releasedir(call: Call): void {
-    if (!this.#listings.delete(call.request.u64(0))) throw new Refusal('EBADF');
+    if (!this.#handles.removeListing(call.request.u64(0))) throw new Refusal('EBADF');
     call.answer(EMPTY);
   }
 
@@ -403,7 +452,7 @@ export class Session {
       failures: this.#failures,
       interrupted: this.#calls.interrupted,
       passthroughOpens: this.#passthroughOpens,
-      openFiles: this.#files.size,
+      openFiles: this.#handles.size,
       nodes: this.#nodes.size,
     };
   }
@@ -411,8 +460,7 @@ export class Session {
   /** After the last request: no reply is sent any more, images close as soon as nothing of theirs is in flight. */
   async close(): Promise<void> {
     this.#calls.abandon();
-    this.#files.clear();
-    this.#listings.clear();
+    this.#handles.clear();
     await this.#images.releaseAll();
   }
 }

@@ -74,3 +74,14 @@ export async function cleanDeadMount(mountpoint: string): Promise<boolean> {
     cleaned = true;
   }
 }
+
+/** Takes a mount of ours down whoever uses it and without asking its daemon, which is gone for good. `place` is
+ * resolved. Nothing happens when there is none. */
+export async function abandonMount(place: string): Promise<void> {
+  if ((await findMount(place))?.type !== MOUNT_TYPE) return;
+  try {
+    await takeDown(place, MNT_FORCE | MNT_DETACH);
+  } catch (error) {
+    throw asGridError(error, `cannot unmount ${place}`);
+  }
+}

@@ -311,7 +311,7 @@ describe('a mount of the kernel driver', () => {
     const workers = await DeviceWorkers.start(1, new QuietPoints(), () => undefined);
     const failed = Promise.withResolvers<GridError>();
     // Reading a folder throws where the device would wait.
-    workers.serve(openSync(place.folder, 'r'), () => assert.fail('no request'), failed.resolve);
+    workers.serve(openSync(place.folder, 'r'), undefined, () => assert.fail('no request'), failed.resolve);
     const failure = await failed.promise;
     assert.equal(failure.code, 'bug');
     assert.match(failure.message, /EISDIR/);

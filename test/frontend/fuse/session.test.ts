@@ -324,7 +324,8 @@ describe('the session of the kernel driver', () => {
     );
     const agreed = encodeInitReply(offers, 131072);
     assert.equal(agreed.passthrough, true);
-    assert.equal(agreed.reply.readUInt32LE(fuse.OUT_HEADER_BYTES + 32), 1 << 5);
+    assert.equal(agreed.resend, true);
+    assert.equal(agreed.reply.readUInt32LE(fuse.OUT_HEADER_BYTES + 32), (1 << 5) | (1 << 7));
     assert.equal(agreed.reply.readUInt32LE(fuse.OUT_HEADER_BYTES + 36), 1);
     // Without INIT_EXT what looks like second flags is none.
     offers.writeUInt32LE(0, fuse.IN_HEADER_BYTES + 12);
