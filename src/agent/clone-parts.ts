@@ -1,12 +1,17 @@
 /** What the agent needs of layers and disks, which whoever wires it gives, and what a new clone is made of. */
 import type { Digest } from '../core/bytes.ts';
 import type { Image } from '../core/image.ts';
-import type { CloneKind } from './clone-record.ts';
+import type { CloneKind, PushedState } from './clone-record.ts';
 
 /** What a disk lies on: the digest that its lowest layer names, and folders of layers, bottom first. */
 export interface CloneChain {
   readonly base: Digest;
   readonly layers: readonly string[];
+}
+
+/** A disk as of one moment; what reads it is the wiring's. */
+export interface DiskSnapshot {
+  close(): void;
 }
 
 /** A clone's disk, open. */
@@ -17,6 +22,8 @@ export interface CloneDisk extends Image {
   isEmpty(): boolean;
   /** Bound of the data in its own layer; takes effect at once. */
   setQuota(quotaBytes: number | undefined): void;
+  /** The disk as of now, to be read while others write to it. Throws in-use while there is another. */
+  snapshot(): Promise<DiskSnapshot>;
   /** Copies whatever lies below into its own layer, durable when it resolves. */
   fillUp(options: { signal: AbortSignal; onProgress(done: number, total: number): void }): Promise<void>;
 }
@@ -39,6 +46,8 @@ export interface CreateOptions {
   readonly vm?: string;
   /** The clone whose disk, as it is now, the new one starts from: it is frozen. Not open. */
   readonly from?: string;
+  /** Where it was pulled from. */
+  readonly pushed?: PushedState;
   /** Set for a disk that needs no base: what its layer names instead. */
   readonly detached?: Digest;
   /** Fills the clone's layer, which is there and empty, before anybody can see the clone. */

@@ -38,6 +38,23 @@ export interface CloneRecord {
   readonly created: string;
   /** The VM it was made for; it goes with that VM. */
   readonly vm?: string;
+  /** What of it was pushed to the store, or pulled from there. */
+  readonly pushed?: PushedState;
+}
+
+/** Where a clone and its pushed versions stand. Whoever pushes next has to have the last one. */
+export interface PushedState {
+  /** The tag that points at the last pushed version. */
+  readonly reference: string;
+  /** The same in all pushed versions of one clone, on whatever host: 32 hexadecimal digits. */
+  readonly lineage: string;
+  /** Of the version that this clone pushed or pulled last; 0: none yet. */
+  readonly generation: number;
+  /** That version: its manifest, and its chunk table. */
+  readonly manifest?: Digest;
+  readonly table?: Digest;
+  /** The next version's manifest, while its tag is being moved: after a crash it may have been or not. */
+  readonly pending?: Digest;
 }
 
 export const RECORD_FILE = 'clone.json';
@@ -72,9 +89,20 @@ export async function readRecord(folder: string): Promise<CloneRecord> {
     layers.every(isName) &&
     (detached === undefined || isDigest(detached)) &&
     isSize(sizeBytes) &&
-    (quotaBytes === undefined || isSize(quotaBytes));
+    (quotaBytes === undefined || isSize(quotaBytes)) &&
+    (record.pushed === undefined || isPushed(record.pushed));
   if (!good) throw new GridError('bad-format', 'its clone.json is malformed');
   return record as CloneRecord;
+}
+
+function isPushed({ reference, lineage, generation, manifest, table, pending }: PushedState): boolean {
+  return (
+    typeof reference === 'string' &&
+    /^[0-9a-f]{32}$/.test(lineage) &&
+    Number.isSafeInteger(generation) &&
+    generation >= 0 &&
+    [manifest, table, pending].every((digest) => digest === undefined || isDigest(digest))
+  );
 }
 
 function isSize(value: unknown): value is number {

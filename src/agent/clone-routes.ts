@@ -5,7 +5,7 @@ import { GridError } from '../core/errors.ts';
 import { LABEL_LENGTH_MAX, LABELS_MAX } from '../core/limits.ts';
 import { CLONE_KINDS } from './clone-record.ts';
 import type { CloneKind, CloneRecord } from './clone-record.ts';
-import type { CloneDisk, CreateOptions } from './clone-parts.ts';
+import type { CloneDisk, CreateOptions, DiskSnapshot } from './clone-parts.ts';
 import type { Clones } from './clones.ts';
 import { longCall } from './long-call.ts';
 import type { LongTask } from './long-call.ts';
@@ -19,6 +19,15 @@ export interface CloneWork {
   export(disk: CloneDisk, record: CloneRecord, file: string, control: LongTask): Promise<unknown>;
   /** Checks the archive and makes the clone of it; a failure leaves nothing. */
   import(request: { file: string; name?: string; image?: string }, control: LongTask): Promise<CloneRecord>;
+  /** The disk as of the moment becomes the clone's next pushed version in the source. */
+  push(
+    snapshot: DiskSnapshot,
+    record: CloneRecord,
+    request: { reference?: string },
+    control: LongTask,
+  ): Promise<unknown>;
+  /** A persistent clone of a pushed version; a failure leaves nothing. */
+  pull(request: { reference: string; name?: string }, control: LongTask): Promise<CloneRecord>;
 }
 
 export interface CommitRequest {
@@ -73,6 +82,24 @@ export function serveClones(app: FastifyInstance, parts: CloneRouteParts): void 
     (request, reply) =>
       longCall(request, reply, async (control) =>
         clones.status((await cloneWork.import(request.body, control)).id),
+      ),
+  );
+  app.post<{ Body: { reference: string; name?: string } }>(
+    '/v1/clones/pull',
+    { schema: { body: body({ reference, name }, ['reference']) } },
+    (request, reply) =>
+      longCall(request, reply, async (control) =>
+        clones.status((await cloneWork.pull(request.body, control)).id),
+      ),
+  );
+  app.post<Id & { Body: { reference?: string } }>(
+    '/v1/clones/:id/push',
+    { schema: { params, body: body({ reference }) } },
+    (request, reply) =>
+      longCall(request, reply, (control) =>
+        clones.atMoment(request.params.id, (snapshot, record) =>
+          cloneWork.push(snapshot, record, request.body, control),
+        ),
       ),
   );
   app.get<Id>('/v1/clones/:id', { schema: { params } }, async (request) => clones.status(request.params.id));

@@ -13,35 +13,17 @@ import { mkdir, readdir, rename, rm, statfs } from 'node:fs/promises';
 import path from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { checkedNumber } from '../core/bytes.ts';
-import type { Digest } from '../core/bytes.ts';
 import { asGridError, GridError } from '../core/errors.ts';
 import type { Image } from '../core/image.ts';
 import { IMAGE_BYTES_MAX } from '../core/limits.ts';
 import { tryLock } from '../core/linux.ts';
 import { isName } from '../core/manifest.ts';
 import { readRecord, syncFolder, writeRecord } from './clone-record.ts';
-import type { CloneChain, CloneDisk, CloneParts, CreateOptions } from './clone-parts.ts';
-import type { CloneRecord } from './clone-record.ts';
+import type { CloneChain, CloneDisk, CloneParts, CreateOptions, DiskSnapshot } from './clone-parts.ts';
+import type { CloneRecord, PushedState } from './clone-record.ts';
+import type { CloneEntry, CloneStatus } from './clone-status.ts';
 import { allocatedIn, LayerFolders } from './layer-folders.ts';
 import { SharedImage } from './shared-image.ts';
-
-/** What a name in the mounted tree needs to know. */
-export interface CloneEntry {
-  readonly id: string;
-  readonly base: Digest;
-  readonly sizeBytes: number;
-  readonly modifiedMs: number;
-}
-
-export interface CloneStatus extends CloneRecord {
-  /** Bytes on this host's disk, as du counts them: of its own layer and record … */
-  readonly allocatedBytes: number;
-  /** … and of the frozen layers below it, which others may share. */
-  readonly sharedBytes: number;
-  readonly open: boolean;
-  /** Of a full clone that is being filled, or whose filling failed. */
-  readonly filling?: { readonly doneBytes: number; readonly totalBytes: number; readonly failure?: string };
-}
 
 interface Filling {
   readonly stop: AbortController;
@@ -161,6 +143,7 @@ export class Clones {
         ...(from === undefined ? {} : { parent: from }),
         created: new Date().toISOString(),
         ...(options.vm === undefined ? {} : { vm: options.vm }),
+        ...(options.pushed === undefined ? {} : { pushed: options.pushed }),
       };
       const temporary = path.join(this.#root, 'clones', `.${id}.making`);
       // What lies below must not go before the record names it.
@@ -338,6 +321,30 @@ export class Clones {
       await disk.close();
       this.#held.delete(id);
     }
+  }
+
+  /** Runs `task` over a clone's disk as it is at one moment; others go on using the disk. Throws in-use while another
+   * such task runs. */
+  async atMoment<T>(
+    id: string,
+    task: (snapshot: DiskSnapshot, record: CloneRecord) => Promise<T>,
+  ): Promise<T> {
+    const handle = await this.open(id);
+    try {
+      const snapshot = await this.#open.get(id)!.image.snapshot();
+      try {
+        return await task(snapshot, this.get(id));
+      } finally {
+        snapshot.close();
+      }
+    } finally {
+      await handle.close();
+    }
+  }
+
+  /** Notes what of a clone is in the store. Durable when it resolves. */
+  setPushed(id: string, pushed: PushedState): Promise<void> {
+    return this.#inTurn(id, () => this.#replace({ ...this.get(id), pushed }));
   }
 
   /** Removes a clone and gives its space back. Throws in-use while somebody has it open. */

@@ -8,9 +8,12 @@
  *   POST /v1/upgrade                starts a successor, answers { from, to } (pids), and makes room for it
  *   GET  /v1/clones                 POST CloneRequest            GET|DELETE /v1/clones/:id
  *   POST /v1/clones/:id/quota       { quotaBytes? } of its own layer; without: none
- *   POST /v1/clones/:id/commit      { reference, store?, labels? } a new version in a store on this host
+ *   POST /v1/clones/:id/commit      { reference, store?, labels? } a new version in the source, or a store on this host
  *   POST /v1/clones/:id/export      { file } the archive of src/image/archive.ts
  *   POST /v1/clones/import          { file, name?, image? }
+ *   POST /v1/clones/:id/push        { reference? } the disk as it is now, also while a VM runs, to the source
+ *   POST /v1/clones/pull            { reference, name? }
+ *                                   (these five tell how far they are, and end when the caller goes: long-call.ts)
  *   GET  /v1/vms                    POST RunRequest              GET /v1/vms/:id
  *   GET  /v1/vms/:id/ready          ?timeoutMs= waits for the guest
  *   POST /v1/vms/:id/stop           { graceMs? }

@@ -4,6 +4,7 @@ import path from 'node:path';
 import type { Cache } from '../../cache/index.ts';
 import type { CloneDisk, CloneParts } from '../agent/clone-parts.ts';
 import type { CloneRecord } from '../agent/clone-record.ts';
+import { nearParents, pushWork } from './clone-push.ts';
 import type { CloneWork } from '../agent/clone-routes.ts';
 import type { Clones } from '../agent/clones.ts';
 import type { LongTask } from '../agent/long-call.ts';
@@ -12,6 +13,7 @@ import { ChunkTable } from '../core/chunk-table.ts';
 import { GridError } from '../core/errors.ts';
 import { LAYER_BLOCK_BYTES } from '../core/limits.ts';
 import type { Manifest } from '../core/manifest.ts';
+import { QuietPoints } from '../core/quiet.ts';
 import type { ChunkSource } from '../core/source.ts';
 import {
   blockChangeOf,
@@ -31,13 +33,14 @@ import type { Store } from '../store/index.ts';
 /** A `Clone` behind the agent's contract; the agent hands it back for commit and export. */
 type Disk = CloneDisk & { readonly clone: Clone };
 
-export function cloneParts(cache: Cache): CloneParts {
+/** `quiet`: the process's quiet points, which every thread that writes to clones passes. */
+export function cloneParts(cache: Cache, quiet = new QuietPoints()): CloneParts {
   return {
     createLayer: createLayerOver,
     async openDisk(chain, image): Promise<Disk> {
       const base = image === undefined ? zeroImage() : await cache.openImage(image);
       try {
-        return diskOf(openClone(base, await openChain(chain)), cache, image);
+        return diskOf(openClone(base, await openChain(chain)), { cache, quiet, image });
       } catch (error) {
         await base.close();
         throw error;
@@ -46,7 +49,10 @@ export function cloneParts(cache: Cache): CloneParts {
   };
 }
 
-function diskOf(clone: Clone, cache: Cache, image: Digest | undefined): Disk {
+function diskOf(
+  clone: Clone,
+  { cache, quiet, image }: { cache: Cache; quiet: QuietPoints; image: Digest | undefined },
+): Disk {
   const { layer } = clone;
   return {
     clone,
@@ -64,6 +70,7 @@ function diskOf(clone: Clone, cache: Cache, image: Digest | undefined): Disk {
       return dataBlocks + zeroBlocks === 0;
     },
     setQuota: (quotaBytes) => layer.setQuota(quotaBytes),
+    snapshot: () => clone.snapshot(() => quiet.quiet()),
     async fillUp(options) {
       await clone.fillUp({
         ...options,
@@ -92,8 +99,11 @@ export interface CloneWorkParts {
   readonly resolve: (reference: string) => Promise<{ digest: Digest; manifest: Manifest }>;
 }
 
-export function cloneWork({ cache, clones, source, storeFolder, resolve }: CloneWorkParts): CloneWork {
+export function cloneWork(parts: CloneWorkParts): CloneWork {
+  const { cache, clones, source, storeFolder, resolve } = parts;
   return {
+    ...pushWork(parts),
+
     async commit(disk, record, request, control) {
       const { clone } = disk as Disk;
       const standalone = record.detached !== undefined;
@@ -111,7 +121,7 @@ export function cloneWork({ cache, clones, source, storeFolder, resolve }: Clone
       // A store on this host takes the unchanged blocks of a chunk from its own.
       const { manifest, ...result } =
         folder === undefined
-          ? await uploadImage(throughCache(source, cache), options)
+          ? await uploadImage(nearParents(source, cache), options)
           : await withStore(folder, (store) =>
               commitImage(store, { ...options, isChanged: blockChangeOf(clone, standalone) }),
             );
@@ -178,17 +188,6 @@ export function cloneWork({ cache, clones, source, storeFolder, resolve }: Clone
     }
     if (sizeBytes < manifest.sizeBytes) throw new GridError('bad-format', `${what} and is smaller than that`);
   }
-}
-
-/** What a clone was made of is in the cache; only what is new goes to the source. */
-function throughCache(source: ChunkSource, cache: Cache) {
-  const near = cache.asSource();
-  return {
-    name: source.name,
-    uploads: source.uploads,
-    readManifest: (digest: Digest) => near.readManifest(digest),
-    readTable: (digest: Digest) => near.readTable(digest),
-  };
 }
 
 async function withStore<T>(folder: string, task: (store: Store) => Promise<T>): Promise<T> {

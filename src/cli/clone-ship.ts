@@ -1,11 +1,11 @@
-/** gridvfs clone commit|export|import: what takes clones elsewhere, by calls of the proxy's control socket and qemu-img. */
+/** gridvfs clone commit|push|pull|export|import: what takes clones elsewhere, by calls of the proxy's control socket and qemu-img. */
 import { spawn } from 'node:child_process';
 import { existsSync } from 'node:fs';
 import { rename, rm } from 'node:fs/promises';
 import path from 'node:path';
 import type { Command } from 'commander';
 import type { ControlClient } from '../agent/client.ts';
-import type { CloneStatus } from '../agent/clones.ts';
+import type { CloneStatus } from '../agent/clone-status.ts';
 import { asGridError, errnoOf, GridError } from '../core/errors.ts';
 import { diskOf, routeOf } from './clone-routes.ts';
 import { abortOnSignals, bytesText, jsonOption, Progress, show, verb } from './kit.ts';
@@ -81,6 +81,59 @@ function collectLabel(text: string, before: Record<string, string> = {}): Record
   const at = text.indexOf('=');
   if (at < 1) throw new GridError('bad-request', `'${text}' is not a label: write KEY=VALUE`);
   return { ...before, [text.slice(0, at)]: text.slice(at + 1) };
+}
+
+interface Pushed {
+  reference: string;
+  generation: number;
+  unchanged: boolean;
+  changedChunks: number;
+  newChunks: number;
+  newStoredBytes: number;
+}
+
+export function pushVerb(): Command {
+  return withProxyOption(
+    verb(
+      'push',
+      'Send a persistent clone, as it is at this moment, to the image server; its VM may run. Only what the server lacks is sent.',
+      ['gridvfs clone push work', 'gridvfs clone push work --as backup:monday'],
+    ),
+  )
+    .argument('<clone>')
+    .option('--as <tag>', 'name:version to push it as; default: as the last time, at first CLONE:pushed')
+    .addOption(jsonOption())
+    .action(async (id: string, options: Options & { as?: string }) => {
+      const { client } = await findProxy(options.proxy);
+      const body = options.as === undefined ? {} : { reference: options.as };
+      const pushed = await longCall<Pushed>(client, `push ${id}`, options, routeOf(id, '/push'), body);
+      show(options, pushed, () =>
+        pushed.unchanged
+          ? `${pushed.reference} is ${id} as it is already`
+          : `${pushed.reference} is ${id}, generation ${pushed.generation}; ${pushed.newChunks} chunks were new, ${bytesText(pushed.newStoredBytes)} compressed`,
+      );
+    });
+}
+
+export function pullVerb(): Command {
+  return withProxyOption(
+    verb('pull', 'Make a persistent clone of one that was pushed, to go on with it on this host.', [
+      'gridvfs clone pull work:pushed',
+      'gridvfs clone pull work:pushed --name work-2',
+    ]),
+  )
+    .argument('<tag>', 'name:version that it was pushed as')
+    .option('--name <name>', 'another name than it had')
+    .addOption(jsonOption())
+    .action(async (reference: string, options: Options & { name?: string }) => {
+      const { client, record } = await findProxy(options.proxy);
+      const clone = await longCall<CloneStatus>(client, `pull ${reference}`, options, '/v1/clones/pull', {
+        reference,
+        ...(options.name === undefined ? {} : { name: options.name }),
+      });
+      const disk = diskOf(record, clone.id);
+      show(options, { ...clone, disk }, () => `${clone.id}\n${disk}`);
+    });
 }
 
 export function exportVerb(): Command {

@@ -5,8 +5,8 @@ import type { Command } from 'commander';
 import type { ControlClient } from '../agent/client.ts';
 import type { CloneKind } from '../agent/clone-record.ts';
 import type { CloneRequest } from '../agent/clone-routes.ts';
-import type { CloneStatus } from '../agent/clones.ts';
-import { commitVerb, exportVerb, importVerb } from './clone-ship.ts';
+import type { CloneStatus } from '../agent/clone-status.ts';
+import { commitVerb, exportVerb, importVerb, pullVerb, pushVerb } from './clone-ship.ts';
 import { diskOf, routeOf } from './clone-routes.ts';
 import { GridError } from '../core/errors.ts';
 import { bytesText, jsonOption, parseBytes, Progress, show, table, verb } from './kit.ts';
@@ -178,6 +178,8 @@ export function cloneVerbs(): Command {
   );
   group.addCommand(setVerb());
   group.addCommand(commitVerb());
+  group.addCommand(pushVerb());
+  group.addCommand(pullVerb());
   group.addCommand(exportVerb());
   group.addCommand(importVerb());
   group.addCommand(

@@ -189,7 +189,7 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
     });
     stack.defer(() => cache.close());
 
-    const clones = await Clones.load(paths.state, cloneParts(cache), log);
+    const clones = await Clones.load(paths.state, cloneParts(cache, quiet), log);
     stack.defer(() => clones.close());
 
     const imageFolderOf = (tag: { name: string; version: string }) =>

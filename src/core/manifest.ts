@@ -44,6 +44,9 @@ export interface Manifest {
   readonly created: string;
 }
 
+/** Label of a clone that was pushed: what all its versions have in common (PushedState of the agent). */
+export const LABEL_PUSH_LINEAGE = 'push.lineage';
+
 /** One moving name. `name:version` is how people write it. */
 export interface Tag {
   readonly name: string;

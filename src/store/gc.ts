@@ -2,7 +2,8 @@
  * Garbage collection: removes the manifests, tables, chunks and profiles that nothing needs.
  *
  * What is kept: whatever a tag, a pin or a manifest that is kept itself reaches (its table, chunks and parts; not its
- * parent, which is where it comes from and not what it is made of), and everything that is younger than the grace
+ * parent, which is where it comes from and not what it is made of, unless it is a pushed clone: then whoever pulls it
+ * lays it over its parent), and everything that is younger than the grace
  * time or than the oldest import that runs. The grace time is for what an import that was killed has stored: the
  * next one goes on there.
  *
@@ -24,7 +25,7 @@ import { ChunkTable } from '../core/chunk-table.ts';
 import { isDigest } from '../core/bytes.ts';
 import type { Digest } from '../core/bytes.ts';
 import { asGridError, GridError } from '../core/errors.ts';
-import { parseManifest } from '../core/manifest.ts';
+import { LABEL_PUSH_LINEAGE, parseManifest } from '../core/manifest.ts';
 import { entriesOf, OBJECT_KINDS, syncFolder } from './layout.ts';
 import type { ObjectKind } from './layout.ts';
 import { withStoreLock } from './lock.ts';
@@ -156,6 +157,12 @@ class GcRun {
     this.#marked.manifests.add(digest);
     try {
       for (const part of Object.values(manifest.parts)) await this.#markManifest(part);
+      if (manifest.parent !== undefined && LABEL_PUSH_LINEAGE in manifest.labels) {
+        // Where it is gone already, the clone is pulled whole.
+        await this.#markManifest(manifest.parent).catch((error: unknown) => {
+          if (!(error instanceof GridError) || error.code !== 'not-found') throw error;
+        });
+      }
     } catch (error) {
       this.#marked.manifests.delete(digest);
       throw error;

@@ -62,6 +62,8 @@ export async function uploadImage(
   const { name, version } = parseReference(options.reference);
   const { uploads } = source;
   if (!uploads) throw new GridError('denied', `${source.name} takes no uploads`);
+  // A source that takes nothing says so here, before anything is read.
+  await uploads.findChunks([options.parent]);
   const parent = parseManifest(await source.readManifest(options.parent), options.parent);
   if (options.sizeBytes < parent.sizeBytes) {
     throw new GridError('bad-request', `the disk has ${options.sizeBytes} bytes, fewer than its parent's`);

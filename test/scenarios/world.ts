@@ -7,6 +7,7 @@ import assert from 'node:assert/strict';
 import { spawn, spawnSync } from 'node:child_process';
 import type { ChildProcess } from 'node:child_process';
 import {
+  copyFileSync,
   existsSync,
   mkdirSync,
   mkdtempSync,
@@ -54,6 +55,13 @@ export class World {
   readonly authorizedKeys = path.join(this.folder, 'authorized_keys');
   readonly environment: NodeJS.ProcessEnv;
   readonly #services: ChildProcess[] = [];
+
+  /** Another host with the same key. */
+  static onSecondHost(first: World): World {
+    const second = new World();
+    copyFileSync(first.identity, second.identity);
+    return second;
+  }
 
   constructor() {
     mkdirSync(this.mountpoint);
