@@ -48,6 +48,8 @@ export interface CacheOptions {
   readonly minFreeBytes?: number;
   /** Most that prefetch and read-ahead take of the link, in stored bytes; no bound when left out. */
   readonly prefetchBytesPerSecond?: number;
+  /** Whether more than what is missed is fetched with it on long links (read-around.ts); default true. */
+  readonly readAround?: boolean;
   /** Where the threads that read `direct` themselves say when they do: eviction waits for them. Needed as soon as
    * there are such threads. */
   readonly quiet?: QuietPoints;

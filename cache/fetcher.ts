@@ -13,7 +13,7 @@ import { decodeChunk } from '../src/core/chunk.ts';
 import type { ChunkRef, StoredChunk } from '../src/core/chunk.ts';
 import { asGridError, GridError } from '../src/core/errors.ts';
 import { BATCH_CHUNKS_MAX, CACHE_BATCHES_MAX, MIB } from '../src/core/limits.ts';
-import type { ChunkSource, Priority } from '../src/core/source.ts';
+import type { ChunkSource, Priority, WayFigures } from '../src/core/source.ts';
 import { RateCeiling } from './rate-ceiling.ts';
 
 /** What was fetched on whose behalf. */
@@ -51,6 +51,7 @@ export class Fetcher {
   /** In order of asking. */
   readonly #prefetch = new Map<string, Wanted>();
   readonly #ceiling: RateCeiling;
+  readonly #readAround: boolean;
   #callsUnderWay = 0;
   #prefetchBytesUnderWay = 0;
   #scheduled = false;
@@ -61,10 +62,11 @@ export class Fetcher {
   constructor(
     source: ChunkSource,
     log: (message: string) => void,
-    options: { prefetchBytesPerSecond?: number } = {},
+    options: { prefetchBytesPerSecond?: number; readAround?: boolean } = {},
   ) {
     this.#source = source;
     this.#log = log;
+    this.#readAround = options.readAround ?? true;
     this.#ceiling = new RateCeiling(options.prefetchBytesPerSecond ?? Infinity);
   }
 
@@ -112,6 +114,18 @@ export class Fetcher {
   /** Chunks asked for and not there yet. */
   get inFlight(): number {
     return this.#flights.size;
+  }
+
+  /** The way, for those who would fetch around what is missed; undefined where nobody should. */
+  get way(): WayFigures | undefined {
+    return this.#readAround ? this.#source.way?.() : undefined;
+  }
+
+  /** Stored bytes of prefetch that are queued or under way. */
+  get prefetchBytes(): number {
+    let bytes = this.#prefetchBytesUnderWay;
+    for (const { ref } of this.#prefetch.values()) bytes += weightOf(ref);
+    return bytes;
   }
 
   /** Ends what is under way: it rejects with `closed`. */

@@ -30,7 +30,7 @@ import { GridError, invariant } from '../src/core/errors.ts';
 import { UNIT_ABSENT, UNIT_PRESENT, UNIT_UNVERIFIED } from '../src/core/image.ts';
 import type { DirectMap } from '../src/core/image.ts';
 import { CACHE_WRITE_BEHIND_BYTES_MAX } from '../src/core/limits.ts';
-import { chunkCountOf, chunkLengthOf } from '../src/core/manifest.ts';
+import { chunkLengthOf } from '../src/core/manifest.ts';
 import type { Manifest } from '../src/core/manifest.ts';
 import type { QuietPoints } from '../src/core/quiet.ts';
 import { ChunkStates, UNIT_AHEAD, UNIT_EVICTING } from './chunk-states.ts';
@@ -39,6 +39,7 @@ import type { Fetcher } from './fetcher.ts';
 import type { ImageFigures } from './figures.ts';
 import { diskBytesOf, ImageDisk } from './image-disk.ts';
 import { ReadAhead } from './read-ahead.ts';
+import { ReadAround } from './read-around.ts';
 import type { Sibling, Siblings } from './siblings.ts';
 import type { Space } from './space.ts';
 
@@ -82,6 +83,7 @@ export class ImageFile {
   readonly #context: ImageContext;
   readonly #disk: ImageDisk;
   readonly #readAhead: ReadAhead;
+  readonly readAround: ReadAround;
   readonly #flights = new Map<number, Flight>();
   readonly #stores = new Set<Promise<void>>();
   readonly #loans = new Set<Promise<unknown>>();
@@ -108,11 +110,12 @@ export class ImageFile {
     this.figures = context.figures;
     this.states = new ChunkStates(manifest, table, context.figures.notes);
     this.#context = context;
-    this.#readAhead = new ReadAhead(
-      manifest.kind,
-      chunkCountOf(manifest),
-      (index) => table.entryOf(index) < 0,
-    );
+    const isZero = (index: number) => table.entryOf(index) < 0;
+    this.#readAhead = new ReadAhead(manifest.kind, table.count, isZero);
+    this.readAround = new ReadAround(this, context.fetcher, {
+      underWay: (index) => this.#flights.has(index),
+      room: () => context.space.degraded === undefined,
+    });
     this.#disk = new ImageDisk(folder, manifestDigest, this.states, {
       space: context.space,
       isQuiescent: () => this.#storingBytes === 0,
@@ -263,6 +266,7 @@ export class ImageFile {
       started.plain.catch(() => this.#flights.delete(index));
       this.#flights.set(index, started);
       flight = started;
+      if (demanded) this.readAround.onMiss(index);
     } else if (!demanded || flight.demanded) return flight;
     if (!demanded) return flight;
     // The first who waits for it.

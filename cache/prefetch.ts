@@ -51,10 +51,12 @@ export async function prefetchChunks(
     for (const index of underWay) file.cancelPrefetch(index);
   };
   signal?.addEventListener('abort', stop);
+  const resume = file.readAround.pause();
   try {
     await Promise.all(Array.from({ length: Math.min(atOnce, indexes.length) }, oneAfterAnother));
   } finally {
     signal?.removeEventListener('abort', stop);
+    resume();
   }
   if (signal?.aborted) throw new GridError('closed', 'the prefetch was cancelled');
   if (failure !== undefined) throw failure;

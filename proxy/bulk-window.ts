@@ -8,7 +8,8 @@
  * worth is twice the window, so it doubles with each sample until the link is what holds it down.
  *
  * A sample counts when bulk waited for the window meanwhile, or when it is better than those before: a link on which
- * little was asked for did not become slower.
+ * little was asked for did not become slower. Chunks of one answer that come one behind the other for TRAIN_MS are a
+ * sample too: they say what the link carries even where little was asked for.
  */
 import type { ChunkRef } from '../src/core/chunk.ts';
 import { KIB, MIB } from '../src/core/limits.ts';
@@ -26,17 +27,25 @@ const QUEUE_MS = 20;
 /** A sample is at least this long, so that a burst after a pause of this process does not pass for a fast link. */
 const SAMPLE_MS_MIN = 100;
 const SAMPLE_MS_MAX = 1000;
+/** Long enough for the same, and on a link that is faster nothing hangs on its rate. */
+const TRAIN_MS = 50;
 /** Samples that the best rate is taken from. */
 const SAMPLES = 10;
 /** How long the shortest round trip counts: a route may change, a queue of our own making passes. */
 const ROUND_TRIP_KEPT_MS = 30_000;
+
+/** The chunks of one answer to bulk. */
+export interface Train {
+  startMs?: number;
+  startBytes: number;
+}
 
 export class BulkWindow {
   #rtMs = Infinity;
   #rtSeenMs = 0;
   /** Stored bytes per millisecond. */
   #rates: number[] = [];
-  #startedBytes = 0;
+  #bytes = 0;
   /** A sample begins with a chunk, whose own bytes came before it. */
   #sampleStartMs = -Infinity;
   #sampleBytes = 0;
@@ -50,7 +59,7 @@ export class BulkWindow {
   get bytes(): number {
     const best = this.#best;
     if (best === undefined) {
-      return Math.min(WINDOW_BYTES_START + this.#startedBytes, START_GROWTH * WINDOW_BYTES_START);
+      return Math.min(WINDOW_BYTES_START + this.#bytes, START_GROWTH * WINDOW_BYTES_START);
     }
     const heldMs = this.#rtMs + Math.max(this.#rtMs, QUEUE_MS);
     return Math.min(WINDOW_BYTES_MAX, Math.max(WINDOW_BYTES_MIN, best * heldMs));
@@ -89,11 +98,13 @@ export class BulkWindow {
     this.#heldBack = true;
   }
 
-  onChunk(storedBytes: number, plainBytes: number, nowMs: number): void {
+  /** A chunk came; of bulk, in the answer `train`. */
+  onChunk(storedBytes: number, plainBytes: number, nowMs: number, train?: Train): void {
     // The mean of the first ones, then of late: a first guess should not be held to.
     this.#chunks = Math.min(this.#chunks + 1, 16);
     this.#ratio += (storedBytes / plainBytes - this.#ratio) / this.#chunks;
-    this.#startedBytes += storedBytes;
+    this.#bytes += storedBytes;
+    if (train) this.#onTrain(train, nowMs);
     const roundTripMs = this.roundTripMs ?? 0;
     const sampleMs = Math.min(SAMPLE_MS_MAX, Math.max(SAMPLE_MS_MIN, 2 * roundTripMs));
     // After a pause (nothing was asked for) a sample would say nothing of the link.
@@ -104,12 +115,23 @@ export class BulkWindow {
     const paused = pausedMs > Math.max(sampleMs, 2 * SAMPLE_MS_MIN);
     if (!paused && elapsedMs < sampleMs) return;
     const rate = this.#sampleBytes / elapsedMs;
-    if (!paused && (this.#heldBack || rate > (this.#best ?? 0))) {
-      this.#rates.push(rate);
-      if (this.#rates.length > SAMPLES) this.#rates.shift();
-    }
+    if (!paused && (this.#heldBack || rate > (this.#best ?? Infinity))) this.#keep(rate);
     this.#sampleStartMs = nowMs;
     this.#sampleBytes = 0;
     this.#heldBack = false;
+  }
+
+  /** All that came meanwhile counts, for other answers share the link. */
+  #onTrain(train: Train, nowMs: number): void {
+    const elapsedMs = nowMs - (train.startMs ?? nowMs);
+    if (train.startMs !== undefined && elapsedMs < TRAIN_MS) return;
+    if (elapsedMs > 0) this.#keep((this.#bytes - train.startBytes) / elapsedMs);
+    train.startMs = nowMs;
+    train.startBytes = this.#bytes;
+  }
+
+  #keep(rate: number): void {
+    this.#rates.push(rate);
+    if (this.#rates.length > SAMPLES) this.#rates.shift();
   }
 }

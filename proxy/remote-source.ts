@@ -419,7 +419,8 @@ export class RemoteSource implements ChunkSource {
     const ref = batch.refs[index]!;
     this.#counts.chunksReceived++;
     this.#recovery.worked();
-    this.#window.onChunk(chunk.bytes.length, ref.plainBytes, performance.now());
+    const train = batch.bulk ? batch.train : undefined;
+    this.#window.onChunk(chunk.bytes.length, ref.plainBytes, performance.now(), train);
     if (batch.bulk) {
       const estimate = Math.min(batch.bulkBytes, this.#window.estimate(ref));
       batch.bulkBytes -= estimate;

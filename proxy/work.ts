@@ -5,6 +5,7 @@
 import type { Digest } from '../src/core/bytes.ts';
 import type { ChunkRef, StoredChunk } from '../src/core/chunk.ts';
 import { GridError } from '../src/core/errors.ts';
+import type { Train } from './bulk-window.ts';
 
 /** Somebody who waits: fails at the latest `timeoutMs` after progress ended. */
 export class Waiter {
@@ -122,6 +123,8 @@ export class Batch {
   remaining = 0;
   /** What it still holds of the bulk window. */
   bulkBytes = 0;
+  /** For the bulk window, which measures the link with it. */
+  readonly train: Train = { startBytes: 0 };
 
   constructor(items: readonly Item[], bulk: boolean) {
     this.bulk = bulk;

@@ -57,6 +57,8 @@ export interface DaemonOptions {
   readonly workers?: number;
   readonly minFreeBytes?: number;
   readonly prefetchBytesPerSecond?: number;
+  /** Whether more than what is missed is fetched with it on long links; default true. */
+  readonly readAround?: boolean;
   /** Whether starts of VMs are replayed and recorded; default true. */
   readonly profiles?: boolean;
   readonly driver?: Driver;
@@ -185,6 +187,7 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
       ...(options.prefetchBytesPerSecond === undefined
         ? {}
         : { prefetchBytesPerSecond: options.prefetchBytesPerSecond }),
+      ...(options.readAround === undefined ? {} : { readAround: options.readAround }),
       ...(options.quotaBytes === undefined ? {} : { quotaBytes: options.quotaBytes }),
     });
     stack.defer(() => cache.close());

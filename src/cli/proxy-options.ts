@@ -21,6 +21,7 @@ export interface ProxyOptions {
   workers?: number;
   minFree?: number;
   prefetchRate?: number;
+  readAround?: boolean;
   profile?: boolean;
   driver?: Driver;
   passthrough?: boolean;
@@ -59,6 +60,7 @@ export function addProxyOptions(command: Command): Command {
       parseBytes,
     )
     .option('--prefetch-rate <size>', 'most bytes a second that prefetch takes of the link', parseBytes)
+    .option('--no-read-around', 'fetch nothing beside what is read, also on long links')
     .option('--no-profile', 'neither replay nor record what starts of VMs touch')
     .addOption(new Option('--driver <which>', 'how the mount is made').choices(DRIVERS))
     .option('--no-passthrough', 'answer every read here, also of images that are wholly on this host')

@@ -119,6 +119,7 @@ function serveVerb(): Command {
             ...(options.workers === undefined ? {} : { workers: options.workers }),
             ...(options.minFree === undefined ? {} : { minFreeBytes: options.minFree }),
             ...(options.prefetchRate === undefined ? {} : { prefetchBytesPerSecond: options.prefetchRate }),
+            ...(options.readAround === undefined ? {} : { readAround: options.readAround }),
             ...(options.profile === undefined ? {} : { profiles: options.profile }),
             ...(options.driver === undefined ? {} : { driver: options.driver }),
             ...(options.passthrough === undefined ? {} : { passthrough: options.passthrough }),
