@@ -122,9 +122,11 @@ export async function serveControl(
     if (!parts.prepareSuccessor) {
       throw new GridError('unsupported', 'this proxy runs without a holder: unmount it and mount it again');
     }
-    const { pid, handOver } = await parts.prepareSuccessor();
-    reply.raw.once('close', handOver);
-    return { from: process.pid, to: pid };
+    const successor = await parts.prepareSuccessor();
+    // Whoever asked may be gone by now; the successor has loaded and takes over all the same.
+    if (reply.raw.destroyed) successor.handOver();
+    else reply.raw.once('close', () => successor.handOver());
+    return { from: process.pid, to: successor.pid };
   });
   serveClones(app, parts);
   vmRoutes(app, parts.machines);
