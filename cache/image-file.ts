@@ -415,29 +415,27 @@ export class ImageFile {
     for (const index of victims) this.states.evicted(index);
   }
 
-  /**
-   * A descriptor of a file that is this whole image, checked; nothing of it is evicted until `release`. Undefined
-   * when something is missing; what is here and was not checked since the start is then checked in the background.
-   * `held`: only the promise about eviction, to the kernel that reads the file since before this process.
-   */
+  /** A descriptor of a file that is this whole image, checked; nothing of it is evicted until `release`. Undefined
+   * when something is missing; what is here and not checked is then checked in the background. `held`: only the
+   * promise about eviction, to the kernel that reads the file since before this process. */
   claimWhole(held = false): { readonly fd: number; release(): void } | undefined {
     if (this.#closed || !this.#disk.direct || !(held || this.#isWholeAndChecked())) return undefined;
     this.#claims++;
-    let claimed = true;
+    let claims = 1;
     const release = () => {
-      if (!claimed) return;
-      claimed = false;
-      this.#claims--;
+      this.#claims -= claims;
+      claims = 0;
       this.states.usedWhole(this.#context.space.generation);
     };
     return { fd: this.#disk.readOnlyFd(), release };
   }
 
   #isWholeAndChecked(): boolean {
+    const { states, recordings } = this;
     // A reader that leaves no marks would be missing in what is being recorded.
-    if (this.recordings.size > 0) return false;
-    if (this.states.firstIn(UNIT_ABSENT) >= 0 || this.states.firstIn(UNIT_EVICTING) >= 0) return false;
-    if (this.states.firstIn(UNIT_UNVERIFIED) < 0) return true;
+    if (recordings.size > 0 || states.firstIn(UNIT_ABSENT) >= 0 || states.firstIn(UNIT_EVICTING) >= 0)
+      return false;
+    if (states.firstIn(UNIT_UNVERIFIED) < 0) return true;
     this.#verifyingAll ??= this.#verifyAll().finally(() => (this.#verifyingAll = undefined));
     return false;
   }
