@@ -18,11 +18,21 @@ const FOLDERS: Record<string, { packages: string[]; folders?: string[] }> = {
   'src/frontend/fuse': { packages: ['koffi', 'fuse-native'] },
   'src/vmm': { packages: [] },
   'src/agent': { packages: ['fastify', 'prom-client'] },
+  'src/broker': { packages: ['fastify', '@fastify/rate-limit', '@fastify/swagger', 'pg'] },
   cache: { packages: ['lru-cache'] },
   proxy: { packages: ['fastify', 'prom-client', 'ssh2'] },
   'src/cli': {
     packages: ['commander', 'cli-progress', 'smol-toml'],
-    folders: ['src/store', 'src/image', 'src/frontend/fuse', 'src/vmm', 'src/agent', 'cache', 'proxy'],
+    folders: [
+      'src/store',
+      'src/image',
+      'src/frontend/fuse',
+      'src/vmm',
+      'src/agent',
+      'src/broker',
+      'cache',
+      'proxy',
+    ],
   },
 };
 

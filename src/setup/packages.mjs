@@ -17,10 +17,10 @@ export const PACKAGES = {
     'zstd',
     'xz-utils',
   ],
-  /** The tests: a stock sshd and a stock client to try it with, a stock web server, the peers of the benches, and
-   * what the fuse-native driver is linked against. */
+  /** The tests: a stock sshd and a stock client to try it with, a stock web server, the peers of the benches, a
+   * database server for the broker, and what the fuse-native driver is linked against. */
   test: [
     ...['openssh-server', 'openssh-client', 'fio', 'xfsprogs', 'nginx-light', 'openssl'],
-    ...['sshfs', 'rclone', 'nbdkit', 'libnbd-bin', 'libfuse2'],
+    ...['sshfs', 'rclone', 'nbdkit', 'libnbd-bin', 'libfuse2', 'postgresql'],
   ],
 };

@@ -1,0 +1,338 @@
+/**
+ * Hosts: they register, report, and fall silent. A report is one transaction: results of orders, the VMs that the
+ * host has, and the lease that it gets for that. What a host says is believed of its own VMs only.
+ *
+ *   registered → up, its futures recounted
+ *   no report for a lease and the margin → silent: its VMs with a restart policy are asked for again, others are lost
+ *   a report of a silent host, or of an earlier incarnation, is refused; the host registers again, and its list of
+ *   VMs decides: a lost one that nobody replaced runs on, one that was replaced is ended there
+ */
+import { GridError } from '../core/errors.ts';
+import type { HostFacts, HostReport, Lease, Order, OrderResult, ReportedVm } from '../core/grid.ts';
+import { PLACED_VM, REPORT_EVERY_MS } from '../core/grid.ts';
+import { isName } from '../core/manifest.ts';
+import type { Principal } from './access.ts';
+import type { Database, Queries } from './database.ts';
+import { takeOffers } from './images.ts';
+import type { Loads } from './loads.ts';
+import { endVm, recountFutures } from './vm-table.ts';
+import type { VmRow } from './vm-table.ts';
+
+export interface HostInfo {
+  readonly id: string;
+  readonly state: 'up' | 'silent';
+  readonly vcpus: number;
+  readonly memoryBytes: number;
+  readonly accelerator?: string;
+  readonly unusable?: string;
+  readonly virtual: boolean;
+  readonly networks: readonly string[];
+  readonly source: string;
+  readonly load: number;
+  readonly warmBytes: Readonly<Record<string, number>>;
+  /** What it promises beyond what runs. */
+  readonly future: { readonly memoryBytes: number; readonly vcpus: number; readonly machines: number };
+  readonly vms: number;
+}
+
+export class Hosts {
+  readonly #db: Database;
+  readonly #loads: Loads;
+  /** Called with the jobs that something changed for. */
+  readonly #changed: (jobs: Iterable<string>) => void;
+
+  constructor(db: Database, loads: Loads, changed: (jobs: Iterable<string>) => void) {
+    this.#db = db;
+    this.#loads = loads;
+    this.#changed = changed;
+  }
+
+  async register(principal: Principal, facts: HostFacts): Promise<Lease> {
+    for (const name of [facts.host, ...facts.networks]) {
+      if (!isName(name))
+        throw new GridError('bad-request', `'${String(name)}' cannot be the name of a host or network`);
+    }
+    await this.#db.transaction(async (tx) => {
+      const [known] = await tx.all<{ owner: string }>('SELECT owner FROM hosts WHERE id = ?', facts.host);
+      if (known && known.owner !== principal.user) {
+        throw new GridError('denied', `host '${facts.host}' was registered with another agent's token`);
+      }
+      await tx.run(
+        `INSERT INTO hosts (id, incarnation, sequence, state, vcpus, memory_bytes, guest_vcpus, guest_memory_bytes,
+           accelerator, unusable, is_virtual, source, owner, registered_ms)
+         VALUES (?, ?, -1, 'up', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+         ON CONFLICT (id) DO UPDATE SET incarnation = excluded.incarnation, sequence = -1, state = 'up',
+           vcpus = excluded.vcpus, memory_bytes = excluded.memory_bytes, guest_vcpus = excluded.guest_vcpus,
+           guest_memory_bytes = excluded.guest_memory_bytes, accelerator = excluded.accelerator,
+           unusable = excluded.unusable, is_virtual = excluded.is_virtual, source = excluded.source,
+           registered_ms = excluded.registered_ms`,
+        ...[
+          facts.host,
+          facts.incarnation,
+          facts.vcpus,
+          facts.memoryBytes,
+          facts.guestVcpus,
+          facts.guestMemoryBytes,
+        ],
+        ...[facts.accelerator ?? null, facts.unusable ?? null, facts.virtual ? 1 : 0, facts.source],
+        ...[principal.user, Date.now()],
+      );
+      await tx.run('DELETE FROM host_networks WHERE host = ?', facts.host);
+      for (const network of facts.networks) {
+        await tx.run(
+          'INSERT INTO networks (id, created_ms) VALUES (?, ?) ON CONFLICT (id) DO NOTHING',
+          ...[network, Date.now()],
+        );
+        await tx.run(
+          'INSERT INTO host_networks (host, network) VALUES (?, ?) ON CONFLICT DO NOTHING',
+          facts.host,
+          network,
+        );
+      }
+      await recountFutures(tx, facts.host);
+      await this.#grant(tx, facts.host, facts.incarnation);
+    });
+    return this.#lease(facts.host, []);
+  }
+
+  async report(principal: Principal, report: HostReport): Promise<Lease> {
+    const jobs = new Set<string>();
+    const allowed = await this.#db.transaction(async (tx) => {
+      jobs.clear();
+      await this.#current(tx, principal, report);
+      await tx.run('UPDATE hosts SET sequence = ? WHERE id = ?', report.sequence, report.host);
+      for (const result of report.results) await this.#takeResult(tx, report.host, result, jobs);
+      if (report.versions) await takeOffers(tx, report.host, report.versions);
+      await this.#judge(tx, report, jobs);
+      await recountFutures(tx, report.host);
+      await this.#grant(tx, report.host, report.incarnation);
+      const rows = await tx.all<{ id: string; generation: number }>(
+        `SELECT id, generation FROM vms WHERE host = ? AND state IN ('placed', 'running', 'stopping')`,
+        report.host,
+      );
+      return rows.map((row) => `${row.id}.${row.generation}`);
+    });
+    this.#loads.take(report);
+    if (jobs.size > 0) this.#changed(jobs);
+    return this.#lease(report.host, allowed);
+  }
+
+  /** Throws denied for a foreign host, closed where the host has to register (again). */
+  async #current(
+    tx: Queries,
+    principal: Principal,
+    of: { host: string; incarnation: string; sequence?: number },
+  ) {
+    const [host] = await tx.all<{ owner: string; incarnation: string; sequence: number; state: string }>(
+      'SELECT owner, incarnation, sequence, state FROM hosts WHERE id = ?',
+      of.host,
+    );
+    if (host && host.owner !== principal.user) {
+      throw new GridError('denied', `host '${of.host}' was registered with another agent's token`);
+    }
+    if (!host || host.incarnation !== of.incarnation || host.state !== 'up') {
+      throw new GridError('closed', `host '${of.host}' has to register again`);
+    }
+    if (of.sequence !== undefined && of.sequence <= host.sequence) {
+      throw new GridError('closed', `a later report of host '${of.host}' is here already`);
+    }
+  }
+
+  /** Orders that are not carried out yet, oldest first. */
+  async orders(principal: Principal, host: string, incarnation: string): Promise<Order[]> {
+    await this.#current(this.#db, principal, { host, incarnation });
+    const rows = await this.#db.all<{ body: string }>(
+      `SELECT body FROM orders WHERE host = ? AND state = 'open' ORDER BY created_ms, id`,
+      host,
+    );
+    return rows.map((row) => JSON.parse(row.body) as Order);
+  }
+
+  async #takeResult(tx: Queries, host: string, result: OrderResult, jobs: Set<string>): Promise<void> {
+    const [order] = await tx.all<{ kind: string; body: string; vm: string | null }>(
+      `SELECT kind, body, vm FROM orders WHERE id = ? AND host = ? AND state = 'open'`,
+      ...[result.order, host],
+    );
+    if (!order) return; // it was given up, or this result came before
+    await tx.run(
+      'UPDATE orders SET state = ?, error = ?, done_ms = ? WHERE id = ?',
+      ...[
+        result.error ? 'failed' : 'done',
+        result.error ? JSON.stringify(result.error) : null,
+        Date.now(),
+        result.order,
+      ],
+    );
+    if (order.vm === null) return;
+    const [vm] = await tx.all<VmRow>('SELECT * FROM vms WHERE id = ? AND host = ?', order.vm, host);
+    if (!vm) return;
+    const body = JSON.parse(order.body) as Extract<Order, { vm: string }>;
+    if (body.vm !== `${vm.id}.${vm.generation}`) return;
+    jobs.add(vm.job);
+    if (order.kind === 'stop') {
+      if (result.error) return this.#stopAgain(tx, host, vm, body);
+      return endVm(tx, vm, 'stopped');
+    }
+    if (result.error) {
+      // Another host may do better, unless the request itself is at fault.
+      const again =
+        result.error.code !== 'bad-request' && vm.generation < GENERATIONS_MAX && vm.wanted === 'running';
+      return endVm(tx, vm, again ? 'requested' : 'failed', result.error.message);
+    }
+    await tx.run(
+      `UPDATE vms SET state = 'running', timeline = ?, fetched_bytes = ? WHERE id = ? AND state = 'placed'`,
+      ...[JSON.stringify(result.timeline ?? {}), result.fetchedBytes ?? null, vm.id],
+    );
+    await tx.run(
+      'UPDATE usage SET fetched_bytes = ? WHERE vm = ? AND generation = ?',
+      ...[result.fetchedBytes ?? null, vm.id, vm.generation],
+    );
+  }
+
+  /** A host that could not stop a VM is told again: it stays `stopping` until it is gone. */
+  async #stopAgain(
+    tx: Queries,
+    host: string,
+    vm: VmRow,
+    body: Extract<Order, { vm: string }>,
+  ): Promise<void> {
+    const id = `${body.vm}.stop.${Date.now()}`;
+    await tx.run(
+      `INSERT INTO orders (id, host, vm, kind, body, state, created_ms) VALUES (?, ?, ?, 'stop', ?, 'open', ?)`,
+      ...[id, host, vm.id, JSON.stringify({ ...body, id }), Date.now()],
+    );
+  }
+
+  /** Compares the VMs that the host should have with those that it says it has. */
+  async #judge(tx: Queries, report: HostReport, jobs: Set<string>): Promise<void> {
+    const there = new Map<string, ReportedVm>(
+      report.vms.filter(({ name }) => PLACED_VM.test(name)).map((vm) => [vm.name, vm]),
+    );
+    const rows = await tx.all<VmRow>(
+      `SELECT * FROM vms WHERE host = ? AND state IN ('placed', 'running', 'stopping', 'lost') AND ended_ms IS NULL`,
+      report.host,
+    );
+    for (const vm of rows) {
+      const seen = there.get(`${vm.id}.${vm.generation}`);
+      const alive = seen !== undefined && seen.state !== 'failed' && seen.state !== 'stopped';
+      if (alive) {
+        if (seen.consoleSocket !== undefined && vm.console !== seen.consoleSocket) {
+          await tx.run('UPDATE vms SET console = ? WHERE id = ?', seen.consoleSocket, vm.id);
+        }
+        if (vm.state !== 'lost') continue;
+        await tx.run(`UPDATE vms SET state = 'running', reason = NULL WHERE id = ?`, vm.id);
+        jobs.add(vm.job);
+      } else if (vm.state === 'running') {
+        jobs.add(vm.job);
+        const reason = seen?.reason ?? 'its host does not have it any more';
+        await endVm(tx, vm, vm.restart === 1 ? 'requested' : 'failed', reason);
+      } else if (vm.state === 'lost') {
+        await endVm(tx, vm, 'lost', 'its host came back without it');
+        jobs.add(vm.job);
+      }
+      // 'placed' and 'stopping' wait for the result of their order.
+    }
+  }
+
+  /** Takes hosts that were silent for too long out of service. True when VMs have to be placed again. */
+  async expire(): Promise<boolean> {
+    let again = false;
+    const up = await this.#db.all<{ id: string }>(`SELECT id FROM hosts WHERE state = 'up'`);
+    for (const { id } of up) {
+      if (!this.#loads.isSilent(id)) continue;
+      const jobs = new Set<string>();
+      await this.#db.transaction(async (tx) => {
+        jobs.clear();
+        // A report may have come while this waited for its turn.
+        if (!this.#loads.isSilent(id)) return;
+        await tx.run(`UPDATE hosts SET state = 'silent' WHERE id = ?`, id);
+        await tx.run(
+          `UPDATE orders SET state = 'void', done_ms = ? WHERE host = ? AND state = 'open'`,
+          Date.now(),
+          id,
+        );
+        const vms = await tx.all<VmRow>(
+          `SELECT * FROM vms WHERE host = ? AND state IN ('placed', 'running', 'stopping')`,
+          id,
+        );
+        for (const vm of vms) {
+          jobs.add(vm.job);
+          if (vm.restart === 1 && vm.wanted === 'running') {
+            await endVm(tx, vm, 'requested', `host ${id} fell silent`);
+            again = true;
+          } else {
+            await tx.run(
+              `UPDATE vms SET state = 'lost', reason = ? WHERE id = ?`,
+              `host ${id} fell silent`,
+              vm.id,
+            );
+          }
+        }
+      });
+      if (jobs.size > 0) this.#changed(jobs);
+    }
+    return again;
+  }
+
+  async #grant(tx: Queries, host: string, incarnation: string): Promise<void> {
+    await tx.run(
+      `INSERT INTO leases (host, incarnation, granted_ms, lease_ms) VALUES (?, ?, ?, ?)
+       ON CONFLICT (host) DO UPDATE SET incarnation = excluded.incarnation, granted_ms = excluded.granted_ms,
+         lease_ms = excluded.lease_ms`,
+      ...[host, incarnation, Date.now(), this.#loads.times.leaseMs],
+    );
+    // Inside the transaction: nobody finds the host silent between its report and its lease.
+    this.#loads.renew(host);
+  }
+
+  #lease(host: string, vms: readonly string[]): Lease {
+    this.#loads.renew(host);
+    const { leaseMs } = this.#loads.times;
+    return { leaseMs, reportEveryMs: Math.min(REPORT_EVERY_MS, leaseMs / 5), vms };
+  }
+
+  async list(): Promise<HostInfo[]> {
+    const rows = await this.#db.all<{
+      id: string;
+      state: 'up' | 'silent';
+      vcpus: number;
+      memory_bytes: number;
+      accelerator: string | null;
+      unusable: string | null;
+      is_virtual: number;
+      source: string;
+      future_memory: number | null;
+      future_vcpus: number | null;
+      machines: number | null;
+      vms: number;
+    }>(
+      `SELECT h.*, f.memory_bytes AS future_memory, f.vcpus AS future_vcpus, f.machines,
+         (SELECT count(*) FROM vms v WHERE v.host = h.id AND v.state IN ('placed', 'running', 'stopping')) AS vms
+       FROM hosts h LEFT JOIN futures f ON f.host = h.id ORDER BY h.id`,
+    );
+    const networks = await this.#db.all<{ host: string; network: string }>(
+      'SELECT host, network FROM host_networks ORDER BY network',
+    );
+    return rows.map((row) => ({
+      id: row.id,
+      state: row.state,
+      vcpus: row.vcpus,
+      memoryBytes: row.memory_bytes,
+      ...(row.accelerator === null ? {} : { accelerator: row.accelerator }),
+      ...(row.unusable === null ? {} : { unusable: row.unusable }),
+      virtual: row.is_virtual === 1,
+      networks: networks.filter(({ host }) => host === row.id).map(({ network }) => network),
+      source: row.source,
+      ...this.#loads.of(row.id),
+      future: {
+        memoryBytes: row.future_memory ?? 0,
+        vcpus: row.future_vcpus ?? 0,
+        machines: row.machines ?? 0,
+      },
+      vms: row.vms,
+    }));
+  }
+}
+
+/** Placements of one VM at most, when hosts fail to start it. */
+const GENERATIONS_MAX = 5;

@@ -1,0 +1,84 @@
+/**
+ * The schema, as the list of its changes. Each entry is applied once, in order; entries that were released are never
+ * edited. Only what SQLite and PostgreSQL both have: TEXT, BIGINT, plain constraints. Times are milliseconds since
+ * 1970 in BIGINT, booleans 0 and 1.
+ *
+ * What changes by the second (load, warm bytes) is not here but in memory (loads.ts): it comes again with the next
+ * report. What promises are made of is here: `futures` are counted down in the transaction that takes them.
+ */
+export const MIGRATIONS: readonly (readonly string[])[] = [
+  [
+    `CREATE TABLE users (name TEXT PRIMARY KEY, created_ms BIGINT NOT NULL)`,
+    `CREATE TABLE tokens (
+       id TEXT PRIMARY KEY, user_name TEXT NOT NULL REFERENCES users (name), role TEXT NOT NULL,
+       hash TEXT NOT NULL, created_ms BIGINT NOT NULL, revoked_ms BIGINT)`,
+
+    `CREATE TABLE hosts (
+       id TEXT PRIMARY KEY, incarnation TEXT NOT NULL, sequence BIGINT NOT NULL, state TEXT NOT NULL,
+       vcpus BIGINT NOT NULL, memory_bytes BIGINT NOT NULL, guest_vcpus BIGINT NOT NULL,
+       guest_memory_bytes BIGINT NOT NULL, accelerator TEXT, unusable TEXT, is_virtual BIGINT NOT NULL,
+       source TEXT NOT NULL, owner TEXT NOT NULL, registered_ms BIGINT NOT NULL)`,
+    `CREATE TABLE networks (id TEXT PRIMARY KEY, created_ms BIGINT NOT NULL)`,
+    `CREATE TABLE host_networks (
+       host TEXT NOT NULL REFERENCES hosts (id), network TEXT NOT NULL REFERENCES networks (id),
+       PRIMARY KEY (host, network))`,
+    `CREATE INDEX host_networks_network ON host_networks (network, host)`,
+    `CREATE TABLE links (
+       a TEXT NOT NULL REFERENCES networks (id), b TEXT NOT NULL REFERENCES networks (id),
+       round_trip_ms BIGINT, bits_per_second BIGINT, PRIMARY KEY (a, b))`,
+
+    `CREATE TABLE images (name TEXT PRIMARY KEY, owner TEXT, created_ms BIGINT NOT NULL)`,
+    `CREATE TABLE image_shares (
+       image TEXT NOT NULL REFERENCES images (name), user_name TEXT NOT NULL, PRIMARY KEY (image, user_name))`,
+    `CREATE TABLE versions (
+       image TEXT NOT NULL REFERENCES images (name), version TEXT NOT NULL, manifest TEXT NOT NULL,
+       kind TEXT NOT NULL, size_bytes BIGINT NOT NULL, parent TEXT, created TEXT NOT NULL,
+       deprecated TEXT, PRIMARY KEY (image, version))`,
+    `CREATE TABLE labels (
+       image TEXT NOT NULL, version TEXT NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL,
+       PRIMARY KEY (image, version, name))`,
+    `CREATE INDEX labels_name ON labels (name, value)`,
+    `CREATE TABLE host_versions (
+       host TEXT NOT NULL REFERENCES hosts (id), image TEXT NOT NULL, version TEXT NOT NULL,
+       PRIMARY KEY (host, image, version))`,
+    `CREATE INDEX host_versions_version ON host_versions (image, version)`,
+
+    `CREATE TABLE jobs (
+       id TEXT PRIMARY KEY, owner TEXT NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL, created_ms BIGINT NOT NULL)`,
+    `CREATE TABLE idempotency_keys (
+       owner TEXT NOT NULL, name TEXT NOT NULL, request_hash TEXT NOT NULL, job TEXT NOT NULL,
+       created_ms BIGINT NOT NULL, PRIMARY KEY (owner, name))`,
+    `CREATE TABLE vms (
+       id TEXT PRIMARY KEY, owner TEXT NOT NULL, job TEXT NOT NULL REFERENCES jobs (id), name TEXT NOT NULL,
+       image TEXT, version TEXT, host TEXT, network TEXT, generation BIGINT NOT NULL, state TEXT NOT NULL,
+       reason TEXT, memory_bytes BIGINT NOT NULL, vcpus BIGINT NOT NULL, restart BIGINT NOT NULL,
+       wanted TEXT NOT NULL, timeline TEXT, fetched_bytes BIGINT, console TEXT,
+       created_ms BIGINT NOT NULL, placed_ms BIGINT, ended_ms BIGINT)`,
+    `CREATE INDEX vms_state ON vms (state)`,
+    `CREATE INDEX vms_owner ON vms (owner, state)`,
+    `CREATE INDEX vms_host ON vms (host, state)`,
+    `CREATE INDEX vms_job ON vms (job)`,
+    `CREATE INDEX vms_network ON vms (network, state, memory_bytes, vcpus)`,
+
+    `CREATE TABLE virtualization (
+       virtual_kind TEXT NOT NULL, virtual_id TEXT NOT NULL, physical_kind TEXT NOT NULL, physical_id TEXT NOT NULL,
+       since_ms BIGINT NOT NULL, PRIMARY KEY (virtual_kind, virtual_id))`,
+    `CREATE TABLE futures (
+       host TEXT PRIMARY KEY REFERENCES hosts (id), memory_bytes BIGINT NOT NULL, vcpus BIGINT NOT NULL,
+       machines BIGINT NOT NULL,
+       CHECK (memory_bytes >= 0), CHECK (vcpus >= 0), CHECK (machines >= 0))`,
+    `CREATE INDEX futures_memory ON futures (memory_bytes, vcpus)`,
+    `CREATE TABLE leases (
+       host TEXT PRIMARY KEY REFERENCES hosts (id), incarnation TEXT NOT NULL, granted_ms BIGINT NOT NULL,
+       lease_ms BIGINT NOT NULL)`,
+    `CREATE TABLE orders (
+       id TEXT PRIMARY KEY, host TEXT NOT NULL REFERENCES hosts (id), vm TEXT, kind TEXT NOT NULL,
+       body TEXT NOT NULL, state TEXT NOT NULL, error TEXT, created_ms BIGINT NOT NULL, done_ms BIGINT)`,
+    `CREATE INDEX orders_open ON orders (host, state)`,
+    `CREATE TABLE usage (
+       vm TEXT NOT NULL, generation BIGINT NOT NULL, owner TEXT NOT NULL, host TEXT NOT NULL,
+       memory_bytes BIGINT NOT NULL, vcpus BIGINT NOT NULL, fetched_bytes BIGINT,
+       started_ms BIGINT NOT NULL, ended_ms BIGINT, PRIMARY KEY (vm, generation))`,
+    `CREATE INDEX usage_owner ON usage (owner, started_ms)`,
+  ],
+];

@@ -1,0 +1,370 @@
+/**
+ * A broker with its databases and hosts for tests. The PostgreSQL server is a real one of the test's own, on a unix
+ * socket in a temp folder, run as Debian's user `postgres` because it refuses root. Hosts are the agent's real link
+ * over machines that are entries in a table: what they do of QEMU's is nothing that these tests look at.
+ */
+import { spawn, spawnSync } from 'node:child_process';
+import type { ChildProcess } from 'node:child_process';
+import { randomBytes } from 'node:crypto';
+import {
+  chmodSync,
+  chownSync,
+  existsSync,
+  globSync,
+  mkdirSync,
+  mkdtempSync,
+  readFileSync,
+  rmSync,
+} from 'node:fs';
+import net from 'node:net';
+import os from 'node:os';
+import path from 'node:path';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { BrokerClient } from '../../src/agent/broker-client.ts';
+import { BrokerLink } from '../../src/agent/broker-link.ts';
+import type { LinkMachines, LinkVm, MachineSignal } from '../../src/agent/broker-link.ts';
+import { openDatabase } from '../../src/broker/database.ts';
+import { Broker, serveBroker } from '../../src/broker/index.ts';
+import type { BrokerServer } from '../../src/broker/index.ts';
+import { LEASE_TIMES } from '../../src/broker/loads.ts';
+import type { LeaseTimes } from '../../src/broker/loads.ts';
+import { GridError } from '../../src/core/errors.ts';
+import type { HostFacts, OfferedVersion } from '../../src/core/grid.ts';
+import { GIB } from '../../src/core/limits.ts';
+
+export const DIALECTS = ['sqlite', 'postgres'] as const;
+
+/** Databases of one kind for one test file; each call of `fresh` gives an empty one. */
+export class Databases {
+  readonly dialect: (typeof DIALECTS)[number];
+  readonly folder = mkdtempSync(path.join(os.tmpdir(), 'gridvfs-broker-'));
+  #server: ChildProcess | undefined;
+  #count = 0;
+
+  constructor(dialect: (typeof DIALECTS)[number]) {
+    this.dialect = dialect;
+  }
+
+  async start(): Promise<void> {
+    if (this.dialect === 'sqlite') return;
+    const id = (flag: string) => Number(spawnSync('id', [flag, 'postgres'], { encoding: 'utf8' }).stdout);
+    const user = process.getuid?.() === 0 ? { uid: id('-u'), gid: id('-g') } : undefined;
+    const data = path.join(this.folder, 'data');
+    mkdirSync(data);
+    chmodSync(this.folder, 0o755);
+    if (user) {
+      chownSync(data, user.uid, user.gid);
+      chownSync(this.folder, user.uid, user.gid);
+    }
+    const bin = path.dirname(
+      globSync('/usr/lib/postgresql/*/bin/postgres').toSorted().at(-1) ?? '/missing/x',
+    );
+    const made = spawnSync(
+      path.join(bin, 'initdb'),
+      ['-D', data, '-U', 'grid', '-A', 'trust', '-N', '-E', 'UTF8', '--locale=C'],
+      {
+        ...user,
+        cwd: this.folder,
+        encoding: 'utf8',
+      },
+    );
+    if (made.status !== 0) throw new Error(`initdb: ${made.stderr}${made.error?.message ?? ''}`);
+    this.#server = spawn(
+      path.join(bin, 'postgres'),
+      [
+        '-D',
+        data,
+        '-k',
+        this.folder,
+        '-c',
+        'listen_addresses=',
+        '-c',
+        'fsync=off',
+        '-c',
+        'shared_buffers=16MB',
+      ],
+      { ...user, cwd: this.folder, stdio: 'ignore' },
+    );
+    for (let attempt = 0; ; attempt++) {
+      try {
+        await (await openDatabase(this.#url('postgres'))).close();
+        break;
+      } catch (error) {
+        if (attempt > 600 || this.#server.exitCode !== null) throw error;
+        await sleep(50);
+      }
+    }
+  }
+
+  #url(name: string): string {
+    return `postgres://grid@/${name}?host=${encodeURIComponent(this.folder)}`;
+  }
+
+  /** Where an empty database is: what `--database` takes. */
+  async fresh(): Promise<string> {
+    const name = `t${++this.#count}`;
+    if (this.dialect === 'sqlite') return path.join(this.folder, `${name}.db`);
+    const db = await openDatabase(this.#url('postgres'));
+    await db.run(`CREATE DATABASE ${name}`);
+    await db.close();
+    return this.#url(name);
+  }
+
+  async stop(): Promise<void> {
+    const server = this.#server;
+    if (server && server.exitCode === null) {
+      const ended = new Promise((resolve) => server.once('exit', resolve));
+      server.kill('SIGINT'); // fast shutdown
+      await ended;
+    }
+    rmSync(this.folder, { recursive: true, force: true });
+  }
+}
+
+export interface Running {
+  readonly broker: Broker;
+  readonly server: BrokerServer;
+  readonly socket: string;
+  client(token: string): BrokerClient;
+  /** A client with a new token. */
+  as(user: string, role?: 'user' | 'operator' | 'agent'): Promise<BrokerClient>;
+  close(): Promise<void>;
+}
+
+export async function startBroker(
+  database: string,
+  folder: string,
+  options: { leaseTimes?: LeaseTimes; callsPerMinute?: number } = {},
+): Promise<Running> {
+  const socket = path.join(folder, `b${randomBytes(4).toString('hex')}.sock`);
+  const log = () => {};
+  const broker = await Broker.open({ database, log, leaseTimes: options.leaseTimes ?? LEASE_TIMES });
+  const server = await serveBroker(broker, {
+    socketPath: socket,
+    ...(options.callsPerMinute === undefined ? {} : { callsPerMinute: options.callsPerMinute }),
+  });
+  const clients: BrokerClient[] = [];
+  const client = (token: string) => {
+    const made = new BrokerClient({ url: `unix:${socket}`, token });
+    clients.push(made);
+    return made;
+  };
+  return {
+    broker,
+    server,
+    socket,
+    client,
+    as: async (user, role = 'user') => client((await broker.access.create(user, role)).token),
+    async close() {
+      for (const one of clients) one.close();
+      await server.close();
+      await broker.close();
+    },
+  };
+}
+
+/** Machines that are entries of a table; `moments` says how long each was let run. */
+export class TableMachines implements LinkMachines {
+  readonly vms = new Map<string, LinkVm & { pid: number }>();
+  readonly paused = new Set<string>();
+  /** Every VM that was ever started here. */
+  readonly started: string[] = [];
+  /** Starts fail with this while it is set. */
+  failure: GridError | undefined;
+  #pids = 1_000_000;
+
+  list(): LinkVm[] {
+    return [...this.vms.values()];
+  }
+
+  async run(request: { name: string }): Promise<LinkVm> {
+    await sleep(1);
+    if (this.failure) throw this.failure;
+    if (this.vms.has(request.name)) throw new GridError('exists', `there is a VM '${request.name}' already`);
+    const vm = {
+      id: request.name,
+      state: 'running',
+      pid: this.#pids++,
+      readyText: 'ready',
+      consoleSocket: `/run/${request.name}`,
+      timeline: { clonedMs: 1, startedMs: 2 },
+    };
+    this.vms.set(vm.id, vm);
+    this.started.push(vm.id);
+    return vm;
+  }
+
+  status(id: string): LinkVm {
+    const vm = this.vms.get(id);
+    if (!vm) throw new GridError('not-found', `there is no VM '${id}'`);
+    return vm;
+  }
+
+  async ready(id: string): Promise<LinkVm> {
+    await sleep(1);
+    const vm = this.status(id);
+    return { ...vm, timeline: { ...vm.timeline, readyMs: 3 } };
+  }
+
+  async stop(id: string): Promise<void> {
+    this.status(id);
+    await sleep(1);
+    this.vms.delete(id);
+    this.paused.delete(id);
+  }
+
+  /** VMs that run at this moment. */
+  running(): string[] {
+    return [...this.vms.keys()].filter((id) => !this.paused.has(id));
+  }
+
+  signal(pid: number, signal: MachineSignal): void {
+    const vm = [...this.vms.values()].find((one) => one.pid === pid);
+    if (!vm) throw new Error('ESRCH');
+    if (signal === 'SIGSTOP') this.paused.add(vm.id);
+    else this.paused.delete(vm.id);
+    if (signal === 'SIGKILL') this.vms.delete(vm.id);
+  }
+}
+
+export const version = (
+  name: string,
+  number: string,
+  labels: Record<string, string> = {},
+): OfferedVersion => ({
+  name,
+  version: number,
+  manifest: Buffer.from(`${name}:${number}`).toString('hex').padEnd(64, '0').slice(0, 64),
+  kind: 'disk',
+  sizeBytes: GIB,
+  labels,
+  created: '2026-01-01T00:00:00.000Z',
+});
+
+/** A way to the broker that can be cut and mended. */
+export class Cable {
+  readonly socket: string;
+  readonly #server: net.Server;
+  readonly #ends = new Set<net.Socket>();
+  #isCut = false;
+
+  private constructor(socket: string, target: string) {
+    this.socket = socket;
+    this.#server = net.createServer((near) => {
+      if (this.#isCut) {
+        near.destroy();
+        return;
+      }
+      const far = net.connect(target);
+      for (const [end, other] of [
+        [near, far],
+        [far, near],
+      ] as const) {
+        this.#ends.add(end);
+        end.on('error', () => {});
+        end.once('close', () => {
+          this.#ends.delete(end);
+          other.destroy();
+        });
+        end.pipe(other);
+      }
+    });
+  }
+
+  static async to(target: string, folder: string): Promise<Cable> {
+    const cable = new Cable(path.join(folder, `c${randomBytes(4).toString('hex')}.sock`), target);
+    await new Promise<void>((resolve) => cable.#server.listen(cable.socket, resolve));
+    return cable;
+  }
+
+  cut(): void {
+    this.#isCut = true;
+    for (const end of this.#ends) end.destroy();
+  }
+
+  mend(): void {
+    this.#isCut = false;
+  }
+
+  async close(): Promise<void> {
+    this.cut();
+    await new Promise((resolve) => this.#server.close(resolve));
+  }
+}
+
+export class TestHost {
+  readonly machines = new TableMachines();
+  readonly warmBytes: Record<string, number> = {};
+  versions: OfferedVersion[];
+  readonly facts: HostFacts;
+  readonly log: string[] = [];
+  cable: Cable | undefined;
+  readonly #file: string;
+  #link: BrokerLink | undefined;
+
+  constructor(name: string, folder: string, versions: OfferedVersion[], facts: Partial<HostFacts> = {}) {
+    this.versions = versions;
+    this.#file = path.join(folder, `${name}.json`);
+    this.facts = {
+      host: name,
+      incarnation: randomBytes(6).toString('hex'),
+      vcpus: 8,
+      memoryBytes: 16 * GIB,
+      guestMemoryBytes: 16 * GIB,
+      guestVcpus: 64,
+      accelerator: 'tcg',
+      virtual: false,
+      networks: ['lan'],
+      source: '/srv/store',
+      ...facts,
+    };
+  }
+
+  get link(): BrokerLink {
+    return this.#link!;
+  }
+
+  connect(client: BrokerClient): this {
+    this.#link = new BrokerLink({
+      client,
+      facts: this.facts,
+      machines: this.machines,
+      cache: async () => ({ warmBytes: { ...this.warmBytes }, fetchedBytes: 0 }),
+      versions: async () => this.versions,
+      warm: async () => {},
+      file: this.#file,
+      log: (line) => this.log.push(line),
+      signal: (pid, signal) => this.machines.signal(pid, signal),
+    });
+    return this;
+  }
+
+  /** Names of VMs that the next start of this host pauses without a lease. */
+  remembered(): string[] {
+    return existsSync(this.#file) ? (JSON.parse(readFileSync(this.#file, 'utf8')) as string[]) : [];
+  }
+
+  /** The same through a cable that can be cut. */
+  connectBy(cable: Cable, token: string): this {
+    this.cable = cable;
+    return this.connect(new BrokerClient({ url: `unix:${cable.socket}`, token }));
+  }
+
+  async close(): Promise<void> {
+    await this.#link?.close();
+    await this.cable?.close();
+  }
+}
+
+/** Asks until `what` gives a value; generous, because a loaded machine may take long. */
+export async function eventually<T>(
+  what: () => Promise<T | undefined | false> | T | undefined | false,
+): Promise<T> {
+  const endMs = performance.now() + 60_000;
+  for (;;) {
+    const value = await what();
+    if (value !== undefined && value !== false) return value;
+    if (performance.now() > endMs) throw new Error('it did not happen in a minute');
+    await sleep(10);
+  }
+}
