@@ -12,7 +12,7 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import { promisify } from 'node:util';
 import { ControlClient } from '../../src/agent/client.ts';
 import type { CloneStatus } from '../../src/agent/clone-status.ts';
-import type { VmStatus } from '../../src/agent/machines.ts';
+import type { VmStatus } from '../../src/agent/vm-record.ts';
 import { createQemu } from '../../src/vmm/index.ts';
 import { APPLICATION, GuestShell } from '../guest/shell.ts';
 import { gridvfs } from './child.ts';

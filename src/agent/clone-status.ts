@@ -19,3 +19,16 @@ export interface CloneStatus extends CloneRecord {
   /** Of a full clone that is being filled, or whose filling failed. */
   readonly filling?: { readonly doneBytes: number; readonly totalBytes: number; readonly failure?: string };
 }
+
+export function entryOf({ id, base, sizeBytes, created }: CloneRecord): CloneEntry {
+  return { id, base, sizeBytes, modifiedMs: Date.parse(created) };
+}
+
+/** A full clone that takes in what lies below it. */
+export interface Filling {
+  readonly stop: AbortController;
+  readonly ended: Promise<void>;
+  doneBytes: number;
+  totalBytes: number;
+  failure?: string;
+}

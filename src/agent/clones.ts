@@ -21,17 +21,10 @@ import { isName } from '../core/manifest.ts';
 import { readRecord, syncFolder, writeRecord } from './clone-record.ts';
 import type { CloneChain, CloneDisk, CloneParts, CreateOptions, DiskSnapshot } from './clone-parts.ts';
 import type { CloneRecord, PushedState } from './clone-record.ts';
-import type { CloneEntry, CloneStatus } from './clone-status.ts';
+import { entryOf } from './clone-status.ts';
+import type { CloneEntry, CloneStatus, Filling } from './clone-status.ts';
 import { allocatedIn, LayerFolders } from './layer-folders.ts';
 import { SharedImage } from './shared-image.ts';
-
-interface Filling {
-  readonly stop: AbortController;
-  readonly ended: Promise<void>;
-  doneBytes: number;
-  totalBytes: number;
-  failure?: string;
-}
 
 const STAT_TURN = 64;
 /** The kernel tells of a file's last close some time after close(2) or the end of the VM that had it. */
@@ -126,7 +119,7 @@ export class Clones {
     const record = await this.#inTurn(id, async () => {
       if (this.#records.has(id)) throw new GridError('exists', `there is a clone '${id}' already`);
       const { from, kind = 'non-persistent' } = options;
-      if (from !== undefined) this.get(from);
+      if (from !== undefined) this.get(from); // it cannot be the one that is being made
       const below = from === undefined ? undefined : await this.#inTurn(from, () => this.#freeze(from, id));
       const detached = options.detached ?? below?.detached;
       const layer = this.#layers.newName();
@@ -347,6 +340,17 @@ export class Clones {
     return this.#inTurn(id, () => this.#replace({ ...this.get(id), pushed }));
   }
 
+  /** Keeps a clone that nobody has open from everybody (`doing` as for `exclusive`); undefined: no longer. */
+  hold(id: string, doing: string | undefined): void {
+    if (doing === undefined) this.#held.delete(id);
+    else this.#held.set(id, doing);
+  }
+
+  /** Folders of its layers, its own last. */
+  layersOf(id: string): string[] {
+    return this.get(id).layers.map((name) => this.#layers.pathOf(name));
+  }
+
   /** Removes a clone and gives its space back. Throws in-use while somebody has it open. */
   async remove(id: string): Promise<void> {
     const wasFilling = await this.#stopFilling(id);
@@ -489,8 +493,4 @@ export class Clones {
     });
     return mine;
   }
-}
-
-function entryOf({ id, base, sizeBytes, created }: CloneRecord): CloneEntry {
-  return { id, base, sizeBytes, modifiedMs: Date.parse(created) };
 }

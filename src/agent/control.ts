@@ -14,32 +14,28 @@
  *   POST /v1/clones/:id/push        { reference? } the disk as it is now, also while a VM runs, to the source
  *   POST /v1/clones/pull            { reference, name? }
  *                                   (these five tell how far they are, and end when the caller goes: long-call.ts)
- *   GET  /v1/vms                    POST RunRequest              GET /v1/vms/:id
- *   GET  /v1/vms/:id/ready          ?timeoutMs= waits for the guest
- *   POST /v1/vms/:id/stop           { graceMs? }
+ *   …    /v1/vms                    see machine-routes.ts
  *   …    /v1/cache                  see cache-routes.ts
  *   GET  /metrics, /healthz         see metrics.ts
  */
 import { chmodSync } from 'node:fs';
 import fastify from 'fastify';
-import type { FastifyInstance } from 'fastify';
 import type { ErrorCode } from '../core/errors.ts';
 import { asGridError, GridError } from '../core/errors.ts';
-import { CHUNK_BYTES_MIN, LABEL_LENGTH_MAX, MIB, NAME_LENGTH_MAX } from '../core/limits.ts';
+import { NAME_LENGTH_MAX } from '../core/limits.ts';
 import type { CloneWork } from './clone-routes.ts';
 import { serveClones } from './clone-routes.ts';
 import { serveCache } from './cache-routes.ts';
 import type { CacheWork } from './cache-routes.ts';
 import type { Clones } from './clones.ts';
-import type { Machines, RunRequest } from './machines.ts';
+import { serveMachines, type MachineParts } from './machine-routes.ts';
 import { serveMetrics } from './metrics.ts';
 import type { ProxyMetrics, StatusForMetrics } from './metrics.ts';
-import { body, name, params, reference } from './schemas.ts';
+import { body } from './schemas.ts';
 
 /** What the socket serves; the daemon's wiring gives it. */
-export interface ControlParts {
+export interface ControlParts extends MachineParts {
   readonly clones: Clones;
-  readonly machines: Machines;
   readonly cache: CacheWork;
   status(): Promise<StatusForMetrics>;
   readonly metrics: ProxyMetrics;
@@ -77,10 +73,6 @@ const HTTP_STATUS = {
   closed: 503,
   bug: 500,
 } as const satisfies Record<ErrorCode, number>;
-
-const VCPUS_MAX = 256;
-const MEMORY_BYTES_MAX = 16 * 1024 * 1024 * MIB;
-const TIMEOUT_MS_MAX = 3_600_000;
 
 /** Starts the server on `socketPath` (mode 0600). Returns what closes it. */
 export async function serveControl(
@@ -129,57 +121,10 @@ export async function serveControl(
     return { from: process.pid, to: successor.pid };
   });
   serveClones(app, parts);
-  vmRoutes(app, parts.machines);
+  serveMachines(app, parts);
   serveMetrics(app, parts.metrics, () => parts.status());
   serveCache(app, parts.cache, (reference) => parts.resolve(reference));
   await app.listen({ path: socketPath });
   chmodSync(socketPath, 0o600);
   return { close: () => app.close() };
-}
-
-function vmRoutes(app: FastifyInstance, machines: Machines): void {
-  app.get('/v1/vms', async () => machines.list());
-  app.post<{ Body: RunRequest }>(
-    '/v1/vms',
-    {
-      schema: {
-        body: body({
-          image: reference,
-          clone: name,
-          name,
-          memoryBytes: { type: 'integer', minimum: CHUNK_BYTES_MIN, maximum: MEMORY_BYTES_MAX },
-          vcpus: { type: 'integer', minimum: 1, maximum: VCPUS_MAX },
-          network: { enum: ['user', 'none'] },
-          commandLine: { type: 'string', maxLength: LABEL_LENGTH_MAX },
-          readyText: { type: 'string', minLength: 1, maxLength: LABEL_LENGTH_MAX },
-        }),
-      },
-    },
-    (request) => machines.run(request.body),
-  );
-  app.get<{ Params: { id: string } }>('/v1/vms/:id', { schema: { params } }, async (request) =>
-    machines.status(request.params.id),
-  );
-  app.get<{ Params: { id: string }; Querystring: { timeoutMs: number } }>(
-    '/v1/vms/:id/ready',
-    {
-      schema: {
-        params,
-        querystring: {
-          type: 'object',
-          properties: { timeoutMs: { type: 'integer', minimum: 1, maximum: TIMEOUT_MS_MAX } },
-          required: ['timeoutMs'],
-        },
-      },
-    },
-    (request) => machines.ready(request.params.id, request.query.timeoutMs),
-  );
-  app.post<{ Params: { id: string }; Body: { graceMs?: number } }>(
-    '/v1/vms/:id/stop',
-    { schema: { params, body: body({ graceMs: { type: 'integer', minimum: 0, maximum: TIMEOUT_MS_MAX } }) } },
-    async (request) => {
-      await machines.stop(request.params.id, request.body.graceMs);
-      return { stopped: request.params.id };
-    },
-  );
 }

@@ -1,7 +1,9 @@
 /**
  * The VMs of a host: started over clones on the mount, watched, stopped. Each has a folder below the runtime
- * folder with its sockets and console log, by which the next daemon finds a VM that a killed one left; it ends it
- * (its disk went with the mount) and discards its clone.
+ * folder with its sockets, console log and record (vm-record.ts), by which the next daemon finds a VM that runs when
+ * this one was killed. Where the mount has outlived the daemon, the VM is taken up again (`adopt`); where it has not,
+ * the VM has lost its disk: it is ended and its clone discarded (`cleanUp`). Suspension and checkpoints are in
+ * checkpoints.ts, which launches VMs here.
  */
 import { randomBytes } from 'node:crypto';
 import { mkdir, readdir, rm } from 'node:fs/promises';
@@ -9,77 +11,54 @@ import path from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import type { Digest } from '../core/bytes.ts';
 import { GridError } from '../core/errors.ts';
-import { MIB, NAME_LENGTH_MAX } from '../core/limits.ts';
-import type { Machine, MachineDescription, MachineStatus, Vmm } from '../core/machine.ts';
+import { NAME_LENGTH_MAX } from '../core/limits.ts';
+import type { Machine, MachineStatus, Vmm } from '../core/machine.ts';
 import type { Manifest } from '../core/manifest.ts';
 import type { Clones } from './clones.ts';
+import { describeMachine } from './machine-description.ts';
 import type { Start, Starts } from './starts.ts';
+import { readVmRecord, statusOf, writeVmRecord } from './vm-record.ts';
+import type { RunRequest, Vm, VmMemory, VmRecord, VmStatus } from './vm-record.ts';
 
-/** Labels of a disk image's manifest that say how its machine is made. */
-export const LABEL_COMMAND_LINE = 'boot.cmdline';
-export const LABEL_READY_TEXT = 'boot.ready';
-export const LABEL_MEMORY_MIB = 'machine.memory-mib';
-const MEMORY_BYTES_DEFAULT = 512 * MIB;
 const STOP_GRACE_MS = 15_000;
 const FAILED_KEPT_MAX = 20;
 /** What a stop of all VMs takes beyond their grace: one may still be starting. */
 const STOP_ALL_MS = 60_000;
-/** A VM's own clone is named after it, with `-disk`. */
-const VM_NAME_LENGTH_MAX = NAME_LENGTH_MAX - 5;
+/** A VM's own clones are named after it, with `-disk` and `-memory`. */
+const VM_NAME_LENGTH_MAX = NAME_LENGTH_MAX - 7;
 /** A start is over this long after it began at the latest … */
 const START_MS_MAX = 120_000;
-/** … or this long after the guest was ready: what its last services read belongs to it. */
+/** … or this long after the guest was ready: what its last services read belongs to it. A resumed guest says
+ * nothing; what it does first is over by then. */
 const START_TAIL_MS = 3_000;
-
-export interface RunRequest {
-  /** name:version to make a non-persistent clone of; or … */
-  readonly image?: string;
-  /** … a clone that is there already; it stays when the VM goes if it is persistent or full. */
-  readonly clone?: string;
-  readonly name?: string;
-  readonly memoryBytes?: number;
-  readonly vcpus?: number;
-  readonly network?: 'user' | 'none';
-  /** Replaces the label's. */
-  readonly commandLine?: string;
-  readonly readyText?: string;
-}
-
-export interface VmStatus extends MachineStatus {
-  readonly id: string;
-  readonly image: string;
-  readonly clone: string;
-  readonly created: string;
-  /** The guest's word for being ready; without it nobody can wait for the guest. */
-  readonly readyText?: string;
-  readonly consoleSocket: string;
-  readonly consoleLog: string;
-  /** Milliseconds from the request to: clone there, machine started, guest ready. */
-  readonly timeline: { readonly clonedMs: number; readonly startedMs?: number; readonly readyMs?: number };
-}
+const RESUME_MS = 10_000;
 
 /** What the machines need to know of images; given by whoever wires the agent. */
 export interface MachineCatalog {
   resolve(reference: string): Promise<{ digest: Digest; manifest: Manifest; folder: string }>;
   manifestOf(digest: Digest): Promise<{ manifest: Manifest; folder: string | undefined }>;
+  /** The first `lengthBytes` of an image's content. */
+  read(digest: Digest, lengthBytes: number): Promise<Buffer>;
   /** Where a clone's disk is on the mount. */
   diskOf(cloneId: string): string;
 }
 
-interface Vm {
+/** A VM that is about to run. */
+export interface Launch {
   readonly id: string;
   readonly image: string;
   readonly clone: string;
-  /** Its clone is non-persistent: it goes with this VM. */
   readonly discards: boolean;
-  readonly created: string;
-  readonly folder: string;
+  readonly readyText?: string;
+  readonly memory?: VmMemory;
   readonly requestedAtMs: number;
   readonly clonedMs: number;
-  readonly readyText?: string;
-  machine: Machine;
-  startedMs: number;
-  readyMs?: number;
+  /** Images that it opens, those it needs first in front. */
+  readonly opens: readonly Digest[];
+  /** Makes the machine: booting, or paused and then let go by `proceed`. */
+  begin(folder: string): Promise<Machine>;
+  /** Called when the VM is on record and paused: from here on its guest runs. */
+  proceed?(machine: Machine): Promise<void>;
 }
 
 export class Machines {
@@ -92,6 +71,8 @@ export class Machines {
   readonly #vms = new Map<string, Vm>();
   /** Of VMs that are starting, running or ending. */
   readonly #names = new Set<string>();
+  /** Names of suspended VMs. */
+  readonly #parked = new Set<string>();
   /** Clones that somebody named as the disk of such a VM. */
   readonly #disks = new Set<string>();
   #closing = false;
@@ -117,8 +98,9 @@ export class Machines {
     this.#log = parts.log;
   }
 
-  /** Ends VMs of a daemon that was killed and discards clones that were made for VMs. Called before the mount. */
-  async cleanUp(): Promise<void> {
+  /** Ends VMs of a daemon that was killed and discards clones that were made for VMs, but for those in `kept`. Called
+   * before the mount. */
+  async cleanUp(kept: ReadonlySet<string> = new Set()): Promise<void> {
     await mkdir(this.#folder, { recursive: true });
     for (const id of await readdir(this.#folder)) {
       const folder = path.join(this.#folder, id);
@@ -127,21 +109,50 @@ export class Machines {
       }
       await rm(folder, { recursive: true, force: true });
     }
+    await this.#discardExcept(kept);
+  }
+
+  /** Goes on with VMs of a daemon that was killed while its mount stayed. Called when the mount answers. Clones of
+   * VMs that are gone are discarded, but for those in `kept`. `runsOn` is told of each before its guest goes on. */
+  async adopt(
+    kept: ReadonlySet<string> = new Set(),
+    runsOn: (id: string) => Promise<void> = () => Promise.resolve(),
+  ): Promise<void> {
+    await mkdir(this.#folder, { recursive: true });
+    const used = new Set(kept);
+    for (const id of await readdir(this.#folder)) {
+      const folder = path.join(this.#folder, id);
+      try {
+        const record = await readVmRecord(folder);
+        const machine = await this.#vmm.adopt(folder);
+        if (machine !== undefined) {
+          await runsOn(id);
+          if (machine.status().state === 'paused') await machine.proceed();
+          for (const clone of clonesOf(record)) used.add(clone);
+          this.#register(record, folder, machine, performance.now());
+          continue;
+        }
+        this.#log(`VM ${id} ended while no proxy ran`);
+      } catch (error) {
+        this.#log(`VM ${id} cannot be taken up again and is ended: ${String(error)}`);
+        await this.#vmm.endLost(folder);
+      }
+      await rm(folder, { recursive: true, force: true });
+    }
+    await this.#discardExcept(used);
+  }
+
+  async #discardExcept(kept: ReadonlySet<string>): Promise<void> {
     for (const clone of this.#clones.records()) {
-      if (clone.vm !== undefined) await this.#clones.discard(clone.id);
+      if (clone.vm !== undefined && !kept.has(clone.id)) await this.#clones.discard(clone.id);
     }
   }
 
-  /** Starts a VM; resolves when its process answers, not yet its guest (see `ready`). */
+  /** Boots a VM; resolves when its process answers, not yet its guest (see `ready`). */
   async run(request: RunRequest): Promise<VmStatus> {
     const requestedAtMs = performance.now();
     if ((request.image === undefined) === (request.clone === undefined)) {
       throw new GridError('bad-request', 'name either an image to clone or a clone to start from');
-    }
-    const id = request.name ?? `vm-${randomBytes(5).toString('hex')}`;
-    if (this.#names.has(id)) throw new GridError('exists', `there is a VM '${id}' already`);
-    if (id.length > VM_NAME_LENGTH_MAX) {
-      throw new GridError('bad-request', `a VM's name has at most ${VM_NAME_LENGTH_MAX} characters`);
     }
     if (request.clone !== undefined && this.#disks.has(request.clone)) {
       throw new GridError(
@@ -149,64 +160,130 @@ export class Machines {
         `clone '${request.clone}' is the disk of a VM; \`gridvfs vm ls\` says which`,
       );
     }
-    if (this.#closing) throw new GridError('closed', 'the proxy is being stopped');
-    this.#names.add(id);
+    const id = this.reserve(request.name);
     if (request.clone !== undefined) this.#disks.add(request.clone);
-    const folder = path.join(this.#folder, id);
     let ownClone: string | undefined;
-    let start: Start | undefined;
     try {
       const { cloneId, image, manifest, imageFolder } = await this.#diskFor(request, id);
       if (request.clone === undefined) ownClone = cloneId;
       const clonedMs = performance.now() - requestedAtMs;
+      const disk = this.#catalog.diskOf(cloneId);
       // No tag shows it any more: the clone's own folder still has its parts.
-      const parts = imageFolder ?? path.dirname(this.#catalog.diskOf(cloneId));
-      const description = this.#describe(request, id, manifest, parts, cloneId);
+      const description = describeMachine(request, id, manifest, imageFolder ?? path.dirname(disk), disk);
       const { kernel, initrd } = manifest.parts;
-      const opened = [kernel, initrd, this.#clones.get(cloneId).base].filter((one) => one !== undefined);
-      start = this.#starts?.begin(opened, 'boot');
-      await mkdir(folder, { mode: 0o700 });
-      const machine = await this.#vmm.start(description, folder);
-      const vm: Vm = {
+      return await this.launch({
         id,
         image,
         clone: cloneId,
         discards: this.#clones.get(cloneId).kind === 'non-persistent',
-        created: new Date().toISOString(),
-        folder,
+        ...(description.readyText === undefined ? {} : { readyText: description.readyText }),
         requestedAtMs,
         clonedMs,
-        ...(description.readyText === undefined ? {} : { readyText: description.readyText }),
-        machine,
-        startedMs: performance.now() - requestedAtMs,
-      };
-      this.#vms.set(id, vm);
-      if (start) void this.#watchStart(start, machine, description.readyText !== undefined);
-      void machine.ended
-        .then((status) => this.#ended(vm, status))
-        .catch((error: unknown) => this.#log(`VM ${id}: ${String(error)}`));
-      this.#log(`VM ${id} started (pid ${machine.status().pid}) over clone ${cloneId} of ${image}`);
-      return this.#statusOf(vm);
+        opens: [kernel, initrd, this.#clones.get(cloneId).base].filter((one) => one !== undefined),
+        begin: (folder) => this.#vmm.start(description, folder),
+      });
     } catch (error) {
-      start?.ended();
-      await rm(folder, { recursive: true, force: true });
-      this.#names.delete(id);
+      this.unreserve(id);
       if (request.clone !== undefined) this.#disks.delete(request.clone);
       if (ownClone !== undefined) await this.#clones.discard(ownClone);
       throw error;
     }
   }
 
+  /** Takes a name for a VM, made up when left out. Throws exists, bad-request, closed. */
+  reserve(name: string = `vm-${randomBytes(5).toString('hex')}`): string {
+    if (this.#names.has(name) || this.#parked.has(name))
+      throw new GridError('exists', `there is a VM '${name}' already`);
+    if (name.length > VM_NAME_LENGTH_MAX) {
+      throw new GridError('bad-request', `a VM's name has at most ${VM_NAME_LENGTH_MAX} characters`);
+    }
+    if (this.#closing) throw new GridError('closed', 'the proxy is being stopped');
+    this.#names.add(name);
+    return name;
+  }
+
+  unreserve(name: string): void {
+    this.#names.delete(name);
+    this.#parked.delete(name);
+  }
+
+  /** The name belongs to a suspended VM. */
+  park(name: string): void {
+    this.#names.delete(name);
+    this.#parked.add(name);
+  }
+
+  /** The suspended VM of that name is about to run. Throws closed. */
+  wake(name: string): void {
+    this.#parked.delete(name);
+    try {
+      this.reserve(name);
+    } catch (error) {
+      this.park(name);
+      throw error;
+    }
+  }
+
+  /** Starts the machine of a reserved name. A failure leaves nothing but the name and the clones. */
+  async launch(launch: Launch): Promise<VmStatus> {
+    const { id, image, clone, discards, readyText, memory, requestedAtMs, clonedMs } = launch;
+    const folder = path.join(this.#folder, id);
+    const start = this.#starts?.begin([...new Set(launch.opens)], memory === undefined ? 'boot' : 'resume');
+    let machine: Machine | undefined;
+    try {
+      await rm(folder, { recursive: true, force: true });
+      await mkdir(folder, { mode: 0o700, recursive: true });
+      machine = await launch.begin(folder);
+      const record: VmRecord = {
+        schema: 1,
+        id,
+        image,
+        clone,
+        discards,
+        created: new Date().toISOString(),
+        clonedMs,
+        startedMs: performance.now() - requestedAtMs,
+        ...(readyText === undefined ? {} : { readyText }),
+        ...(memory === undefined ? {} : { memory }),
+      };
+      await writeVmRecord(folder, record);
+      await launch.proceed?.(machine);
+      const vm = this.#register(record, folder, machine, requestedAtMs);
+      if (start) void this.#watchStart(start, vm);
+      this.#log(
+        `VM ${id} ${memory ? 'resumed' : 'started'} (pid ${machine.status().pid}) over clone ${clone} of ${image}`,
+      );
+      return statusOf(vm);
+    } catch (error) {
+      start?.ended();
+      await machine?.stop(0).catch((failure: unknown) => this.#log(`VM ${id}: ${String(failure)}`));
+      await rm(folder, { recursive: true, force: true });
+      throw error;
+    }
+  }
+
+  #register(record: VmRecord, folder: string, machine: Machine, requestedAtMs: number): Vm {
+    const vm: Vm = { record, folder, machine, requestedAtMs };
+    this.#names.add(record.id);
+    this.#disks.add(record.clone);
+    this.#vms.set(record.id, vm);
+    void machine.ended
+      .then((status) => this.#ended(vm, status))
+      .catch((error: unknown) => this.#log(`VM ${record.id}: ${String(error)}`));
+    return vm;
+  }
+
   /** Tells when the start is over: the guest is ready, gone, or has had its time. */
-  async #watchStart(start: Start, machine: Machine, saysReady: boolean): Promise<void> {
+  async #watchStart(start: Start, { machine, record }: Vm): Promise<void> {
     const sleepQuietly = (ms: number) => sleep(ms, undefined, { ref: false });
-    const ready = saysReady
-      ? machine.ready(START_MS_MAX).then(
-          () => sleepQuietly(START_TAIL_MS),
-          () => undefined,
-        )
-      : sleepQuietly(START_MS_MAX);
-    await Promise.race([ready, machine.ended]);
+    const ready = () =>
+      record.readyText === undefined
+        ? sleepQuietly(START_MS_MAX)
+        : machine.ready(START_MS_MAX).then(
+            () => sleepQuietly(START_TAIL_MS),
+            () => undefined,
+          );
+    await Promise.race([record.memory ? sleepQuietly(RESUME_MS) : ready(), machine.ended]);
     start.ended();
   }
 
@@ -230,81 +307,55 @@ export class Machines {
     return { cloneId: record.id, image, manifest, imageFolder: folder as string | undefined };
   }
 
-  #describe(
-    request: RunRequest,
-    id: string,
-    manifest: Manifest,
-    partsFolder: string,
-    clone: string,
-  ): MachineDescription {
-    const { labels, parts } = manifest;
-    const mac = randomBytes(3);
-    const memoryLabel = Number(labels[LABEL_MEMORY_MIB]);
-    const readyText = request.readyText ?? labels[LABEL_READY_TEXT];
-    const description = {
-      name: id,
-      vcpus: request.vcpus ?? 1,
-      memoryBytes: request.memoryBytes ?? (memoryLabel > 0 ? memoryLabel * MIB : MEMORY_BYTES_DEFAULT),
-      disks: [{ path: this.#catalog.diskOf(clone), format: 'raw' as const, readOnly: false }],
-      macAddress: `52:54:00:${mac.toString('hex').replaceAll(/(..)(?=.)/g, '$1:')}`,
-      network: request.network ?? ('user' as const),
-      ...(readyText === undefined ? {} : { readyText }),
-    };
-    if (!('kernel' in parts)) return description;
-    return {
-      ...description,
-      boot: {
-        kernel: path.join(partsFolder, 'kernel'),
-        ...('initrd' in parts ? { initrd: path.join(partsFolder, 'initrd') } : {}),
-        commandLine: request.commandLine ?? labels[LABEL_COMMAND_LINE] ?? 'root=/dev/vda rw console=ttyS0',
-      },
-    };
-  }
-
-  #find(id: string): Vm {
+  /** One that runs. Throws not-found, and in-use while something is done to it. */
+  find(id: string): Vm {
     const vm = this.#vms.get(id);
-    if (!vm) throw new GridError('not-found', `there is no VM '${id}'; \`gridvfs vm ls\` lists them`);
+    if (!vm)
+      throw new GridError('not-found', `there is no VM '${id}' that runs; \`gridvfs vm ls\` lists them`);
+    if (vm.busy !== undefined)
+      throw new GridError('in-use', `VM '${id}' is being ${vm.busy}; wait until that is done`);
     return vm;
   }
 
-  #statusOf(vm: Vm): VmStatus {
-    return {
-      ...vm.machine.status(),
-      id: vm.id,
-      image: vm.image,
-      clone: vm.clone,
-      created: vm.created,
-      ...(vm.readyText === undefined ? {} : { readyText: vm.readyText }),
-      consoleSocket: vm.machine.consoleSocket,
-      consoleLog: vm.machine.consoleLog,
-      timeline: {
-        clonedMs: vm.clonedMs,
-        startedMs: vm.startedMs,
-        ...(vm.readyMs === undefined ? {} : { readyMs: vm.readyMs }),
-      },
-    };
+  has(id: string): boolean {
+    return this.#vms.has(id);
+  }
+
+  /** Whether another VM than `except` has the clone's disk mapped as its memory. */
+  isMapped(clone: string, except: string): boolean {
+    return [...this.#vms.values()].some(
+      ({ record }) => record.id !== except && record.memory?.clone === clone,
+    );
   }
 
   list(): VmStatus[] {
-    return [...this.#vms.values()].map((vm) => this.#statusOf(vm)).concat(this.#failed);
+    return [...this.#vms.values()].map(statusOf).concat(this.#failed);
   }
 
   status(id: string): VmStatus {
-    return this.#failed.find((status) => status.id === id) ?? this.#statusOf(this.#find(id));
+    const vm = this.#vms.get(id);
+    const known = vm ? statusOf(vm) : this.#failed.findLast((status) => status.id === id);
+    if (!known) throw new GridError('not-found', `there is no VM '${id}'; \`gridvfs vm ls\` lists them`);
+    return known;
   }
 
   /** Resolves when the guest answered; the time is from the request that started it. */
   async ready(id: string, timeoutMs: number): Promise<VmStatus> {
-    const vm = this.#find(id);
+    const vm = this.find(id);
+    if (vm.record.memory) return statusOf(vm); // it has long booted
     await vm.machine.ready(timeoutMs);
     vm.readyMs ??= performance.now() - vm.requestedAtMs;
-    return this.#statusOf(vm);
+    return statusOf(vm);
   }
 
   /** Asks the guest to power down, ends it after `graceMs` (0: at once), and waits until all of it is gone. */
   async stop(id: string, graceMs: number = STOP_GRACE_MS): Promise<void> {
-    const vm = this.#find(id);
-    await vm.machine.stop(graceMs);
+    await this.find(id).machine.stop(graceMs);
+    await this.gone(id);
+  }
+
+  /** Resolves when nothing of a VM that ends is left. */
+  async gone(id: string): Promise<void> {
     while (this.#vms.has(id)) await sleep(5);
   }
 
@@ -328,20 +379,32 @@ export class Machines {
   }
 
   async #ended(vm: Vm, status: MachineStatus): Promise<void> {
-    this.#log(
-      `VM ${vm.id} is gone (${status.state}${status.reason === undefined ? '' : `: ${status.reason}`})`,
-    );
+    const { id, clone, discards, memory } = vm.record;
+    this.#log(`VM ${id} is gone (${status.state}${status.reason === undefined ? '' : `: ${status.reason}`})`);
     if (status.state === 'failed') {
-      this.#failed.push({ ...this.#statusOf(vm), ...status });
+      this.#failed.push({ ...statusOf(vm), ...status });
       if (this.#failed.length > FAILED_KEPT_MAX) this.#failed.shift();
     }
     try {
-      if (vm.discards) await this.#clones.discard(vm.clone);
+      if (!vm.suspended) {
+        if (discards) await this.#clones.discard(clone);
+        if (memory?.own !== undefined) await this.#clones.discard(memory.own);
+      }
+      const mapped = memory?.clone;
+      if (mapped !== undefined && mapped !== memory?.own && !this.isMapped(mapped, id)) {
+        await this.#clones.discard(mapped);
+      }
       await rm(vm.folder, { recursive: true, force: true });
     } finally {
-      this.#vms.delete(vm.id);
-      this.#names.delete(vm.id);
-      this.#disks.delete(vm.clone);
+      this.#vms.delete(id);
+      this.#names.delete(id);
+      this.#disks.delete(clone);
+      if (vm.suspended) this.park(id);
     }
   }
+}
+
+/** All clones that a VM needs. */
+export function clonesOf({ clone, memory }: VmRecord): string[] {
+  return [clone, memory?.clone, memory?.own].filter((one) => one !== undefined);
 }

@@ -31,7 +31,7 @@ import { commitImage, openStore, uploadImage } from '../store/index.ts';
 import type { Store } from '../store/index.ts';
 
 /** A `Clone` behind the agent's contract; the agent hands it back for commit and export. */
-type Disk = CloneDisk & { readonly clone: Clone };
+export type Disk = CloneDisk & { readonly clone: Clone };
 
 /** `quiet`: the process's quiet points, which every thread that writes to clones passes. */
 export function cloneParts(cache: Cache, quiet = new QuietPoints()): CloneParts {

@@ -20,10 +20,8 @@ import {
 } from '../../proxy/index.ts';
 import { Clones } from '../agent/clones.ts';
 import { serveControl } from '../agent/control.ts';
-import { Machines } from '../agent/machines.ts';
 import { listenMetrics, ProxyMetrics } from '../agent/metrics.ts';
 import type { SourceForMetrics } from '../agent/metrics.ts';
-import { createStarts } from '../agent/starts.ts';
 import { asGridError, GridError } from '../core/errors.ts';
 import { sha256 } from '../core/bytes.ts';
 import type { Digest } from '../core/bytes.ts';
@@ -36,9 +34,9 @@ import { cleanDeadMount, mountTree } from '../frontend/fuse/index.ts';
 import type { Driver, HeldDevices } from '../frontend/fuse/index.ts';
 import { createTree } from '../image/index.ts';
 import { openStore, Store } from '../store/index.ts';
-import { createQemu } from '../vmm/index.ts';
 import { cloneParts, cloneWork } from './clone-parts.ts';
 import { runtimeRoot } from './paths.ts';
+import { machineWork } from './vm-parts.ts';
 import type { ProxyPaths } from './paths.ts';
 import { PatientSource } from './patient-source.ts';
 import { controlSocketOf, livingProcesses, refuseSecond } from './registry.ts';
@@ -212,23 +210,20 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
         folder: imageFolderOf(tag),
       };
     };
-    const machines = new Machines({
-      vmm: createQemu({ accelerator: options.accelerator ?? 'auto', log }),
-      folder: path.join(paths.runtime, 'vms'),
+    const vmWork = machineWork({
+      cache,
       clones,
+      source,
+      mountpoint,
+      paths,
+      accelerator: options.accelerator ?? 'auto',
+      profiles: options.profiles ?? true,
+      resolve,
+      imageFolderOf,
       log,
-      takeover,
-      ...(options.profiles === false ? {} : { starts: createStarts(cache, log) }),
-      catalog: {
-        resolve,
-        async manifestOf(digest) {
-          const tag = (await cache.listTags()).find((one) => one.manifest === digest);
-          return { manifest: await cache.readManifest(digest), folder: tag && imageFolderOf(tag) };
-        },
-        diskOf: (id) => path.join(mountpoint, 'clones', id, 'disk.raw'),
-      },
     });
-    await machines.cleanUp();
+    const { machines, checkpoints, forks } = vmWork;
+    await vmWork.prepare(takeover);
 
     const tree = createTree({ catalog: cache, clones });
     const mount = await mountTree(tree, mountpoint, {
@@ -245,6 +240,7 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
       ...(options.workers === undefined ? {} : { workers: options.workers }),
     });
     deferUnlessLeft(() => mount.unmount({ force: true }));
+    await vmWork.goOn(takeover);
     // Not before: it may have to make room in the cache, and what the kernel reads by itself is claimed by now.
     clones.resumeFilling();
 
@@ -303,6 +299,8 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
     const control = await serveControl(controlSocketOf(paths.runtime), {
       clones,
       machines,
+      checkpoints,
+      forks,
       resolve,
       cloneWork: cloneWork({
         cache,

@@ -1,17 +1,20 @@
-/** gridvfs vm run|ls|show|stop: thin calls of the proxy's control socket. */
-import { readFileSync } from 'node:fs';
+/** gridvfs vm run|ls|show|console|stop: thin calls of the proxy's control socket. Suspension and checkpoints:
+ * vm-checkpoint.ts. */
+import { closeSync, fstatSync, openSync, readSync } from 'node:fs';
+import { stripVTControlCharacters } from 'node:util';
 import type { Command } from 'commander';
-import type { RunRequest, VmStatus } from '../agent/machines.ts';
+import type { ControlClient } from '../agent/client.ts';
+import type { RunRequest, VmStatus } from '../agent/vm-record.ts';
 import { GridError } from '../core/errors.ts';
 import { jsonOption, parseBytes, parseCount, parseDuration, show, table, verb } from './kit.ts';
 import { findProxy, withProxyOption } from './registry.ts';
+import { allOf, checkpointVerbs, namesFor, runFrom, seconds, vmText } from './vm-checkpoint.ts';
+import { attachConsole } from './vm-console.ts';
 
 interface Options {
   json?: boolean;
   proxy?: string;
 }
-
-const seconds = (ms: number | undefined) => (ms === undefined ? '-' : `${(ms / 1000).toFixed(2)} s`);
 
 /** The control socket's own bound. */
 const TIMEOUT_MS_MAX = 3_600_000;
@@ -22,10 +25,13 @@ function runVerb(): Command {
       'gridvfs vm run debian:12',
       'gridvfs vm run debian:12 --memory 1G --vcpus 2 --name web',
       'gridvfs vm run --clone work        # a clone of your own: a persistent one stays when the VM goes',
+      'gridvfs vm run --from-checkpoint web:warm --count 8',
     ]),
   )
     .argument('[image]', 'name:version')
     .option('--clone <id>', 'start from this clone instead of a new one')
+    .option('--from-checkpoint <name:version>', 'resume this checkpoint as a new VM; nothing is booted')
+    .option('--count <count>', 'so many VMs at once, named NAME-1, NAME-2, …', parseCount)
     .option('--name <name>', "the VM's name; made up when left out")
     .option('--memory <size>', 'memory; the image’s own default, else 512M', parseBytes)
     .option('--vcpus <count>', 'virtual processors (default: 1)', parseCount)
@@ -40,6 +46,8 @@ function runVerb(): Command {
         image: string | undefined,
         options: Options & {
           clone?: string;
+          fromCheckpoint?: string;
+          count?: number;
           name?: string;
           memory?: number;
           vcpus?: number;
@@ -50,10 +58,15 @@ function runVerb(): Command {
           timeout: number;
         },
       ) => {
-        if ((image === undefined) === (options.clone === undefined)) {
-          throw new GridError('bad-request', 'name an image, or a clone with --clone (one of the two)');
+        const named = [image, options.clone, options.fromCheckpoint].filter((one) => one !== undefined);
+        if (named.length !== 1) {
+          throw new GridError(
+            'bad-request',
+            'name an image, a clone with --clone, or a checkpoint with --from-checkpoint (one of the three)',
+          );
         }
         const { client } = await findProxy(options.proxy);
+        if (options.fromCheckpoint !== undefined) return runFrom(client, options.fromCheckpoint, options);
         const request: RunRequest = {
           ...(image === undefined ? {} : { image }),
           ...(options.clone === undefined ? {} : { clone: options.clone }),
@@ -67,32 +80,42 @@ function runVerb(): Command {
         if (options.timeout < 1 || options.timeout > TIMEOUT_MS_MAX) {
           throw new GridError('bad-request', '--timeout must be from 1ms to 1h');
         }
-        let vm = await client.call<VmStatus>('POST', '/v1/vms', request);
-        if (options.wait && vm.readyText === undefined) {
-          process.stderr.write(
-            'gridvfs: not waiting for the guest: the image has no boot.ready label; --ready-text names what its console says when it is ready\n',
-          );
-        } else if (options.wait) {
-          try {
-            vm = await client.call<VmStatus>('GET', `/v1/vms/${vm.id}/ready?timeoutMs=${options.timeout}`);
-          } catch (error) {
-            if (error instanceof GridError && error.code === 'timeout') {
-              throw new GridError('timeout', `${error.message}; the VM '${vm.id}' still runs`, {
-                cause: error,
-              });
-            }
-            throw error;
-          }
+        const runOne = (name: string | undefined) =>
+          runAndWait(client, { ...request, ...(name === undefined ? {} : { name }) }, options);
+        if (options.count === undefined) {
+          const vm = await runOne(options.name);
+          return show(options, vm, () => vmText(vm));
         }
-        show(options, vm, () =>
-          [
-            `${vm.id}  ${vm.state}  pid ${vm.pid ?? '-'}  ${vm.accelerator ?? ''}`,
-            `clone ${vm.clone} after ${seconds(vm.timeline.clonedMs)}, started ${seconds(vm.timeline.startedMs)}, guest ready ${seconds(vm.timeline.readyMs)}`,
-            `console: ${vm.consoleSocket}   log: ${vm.consoleLog}`,
-          ].join('\n'),
-        );
+        if (options.clone !== undefined)
+          throw new GridError('bad-request', '--count needs an image, not one clone');
+        const vms = await allOf(namesFor(options.name, options.count), runOne);
+        show(options, vms, () => vms.map(vmText).join('\n'));
       },
     );
+}
+
+/** Starts one, and waits for its guest where that is wanted and can be told. */
+async function runAndWait(
+  client: ControlClient,
+  request: RunRequest,
+  options: { wait: boolean; timeout: number },
+): Promise<VmStatus> {
+  const vm = await client.call<VmStatus>('POST', '/v1/vms', request);
+  if (!options.wait) return vm;
+  if (vm.readyText === undefined) {
+    process.stderr.write(
+      'gridvfs: not waiting for the guest: the image has no boot.ready label; --ready-text names what its console says when it is ready\n',
+    );
+    return vm;
+  }
+  try {
+    return await client.call<VmStatus>('GET', `/v1/vms/${vm.id}/ready?timeoutMs=${options.timeout}`);
+  } catch (error) {
+    if (error instanceof GridError && error.code === 'timeout') {
+      throw new GridError('timeout', `${error.message}; the VM '${vm.id}' still runs`, { cause: error });
+    }
+    throw error;
+  }
 }
 
 export function vmVerbs(): Command {
@@ -137,10 +160,11 @@ export function vmVerbs(): Command {
   );
   group.addCommand(
     withProxyOption(
-      verb('stop', 'Power VMs down; their non-persistent clones go with them.', [
-        'gridvfs vm stop web',
-        'gridvfs vm stop web --now',
-      ]),
+      verb(
+        'stop',
+        'Power VMs down; their non-persistent clones go with them. A suspended VM is thrown away.',
+        ['gridvfs vm stop web', 'gridvfs vm stop web --now'],
+      ),
     )
       .argument('<vm...>')
       .option('--now', 'end it at once, as if the power failed')
@@ -148,22 +172,49 @@ export function vmVerbs(): Command {
       .addOption(jsonOption())
       .action(async (ids: string[], options: Options & { now?: boolean; grace: number }) => {
         const { client } = await findProxy(options.proxy);
-        for (const id of ids) {
-          const graceMs = options.now ? 0 : options.grace;
-          await client.call('POST', `/v1/vms/${encodeURIComponent(id)}/stop`, { graceMs });
-        }
+        const graceMs = options.now ? 0 : options.grace;
+        await allOf(ids, (id) => client.call('POST', `/v1/vms/${encodeURIComponent(id)}/stop`, { graceMs }));
         show(options, { stopped: ids }, () => `stopped ${ids.join(', ')}`);
       }),
   );
+  group.addCommand(
+    withProxyOption(
+      verb('console', 'Attach this terminal to the serial console of a VM; Ctrl-] ends it.', [
+        'gridvfs vm console web',
+      ]),
+    )
+      .argument('<vm>')
+      .action(async (id: string, options: Options) => {
+        const { client } = await findProxy(options.proxy);
+        const vm = await client.call<VmStatus>('GET', `/v1/vms/${encodeURIComponent(id)}`);
+        if (vm.state === 'suspended')
+          throw new GridError('bad-request', `'${id}' is suspended; resume it first`);
+        await attachConsole(vm.consoleSocket);
+      }),
+  );
+  for (const command of checkpointVerbs()) group.addCommand(command);
   return group;
 }
 
 const CONSOLE_LINES = 10;
+const TAIL_BYTES = 16 * 1024;
 
+/** The last lines as text: what a guest writes must not work on the terminal of whoever looks. */
 function consoleTail(file: string): string[] {
+  let text: string;
   try {
-    return ['', ...readFileSync(file, 'utf8').trimEnd().split('\n').slice(-CONSOLE_LINES)];
+    const fd = openSync(file, 'r');
+    try {
+      const { size } = fstatSync(fd);
+      const bytes = Buffer.alloc(Math.min(size, TAIL_BYTES));
+      text = bytes.toString('utf8', 0, readSync(fd, bytes, 0, bytes.length, size - bytes.length));
+    } finally {
+      closeSync(fd);
+    }
   } catch {
     return []; // the VM is gone, and its log with it
   }
+  // eslint-disable-next-line no-control-regex
+  const plain = stripVTControlCharacters(text).replaceAll(/[\0-\x08\x0b-\x1f\x7f-\x9f]/g, '');
+  return ['', ...plain.trimEnd().split('\n').slice(-CONSOLE_LINES)];
 }

@@ -128,6 +128,8 @@ export type TreeEntry =
       readonly modifiedMs: number;
       /** Same id = same content for ever (read-only) or the same writable disk. A frontend may keep pages by it. */
       readonly contentId: string;
+      /** It may be opened for writing, though no write is accepted: QEMU opens so what it maps privately. */
+      readonly mapsPrivately?: true;
     };
 
 /** A path is a list of names from the root; [] is the root itself. */

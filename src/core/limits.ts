@@ -11,6 +11,8 @@ export const GIB = 1024 * MIB;
 /** Chunk size of new images. At 256 KiB a boot fetches 75 MB where 64 KiB fetches 53 and 1 MiB 124, but a
  * round trip carries four times as much as at 64 KiB and zstd gains 5 %. */
 export const CHUNK_BYTES_DEFAULT = 256 * KIB;
+/** Chunk size of memory images: what a guest touches after a resume is scattered by pages. */
+export const MEMORY_CHUNK_BYTES = 64 * KIB;
 /** Smaller chunks make the table (36 bytes each) cost more than it saves. Also the unit of a memory page. */
 export const CHUNK_BYTES_MIN = 4 * KIB;
 /** A chunk is held in memory whole, several at a time. */

@@ -69,6 +69,7 @@ export interface MachineStatus {
 }
 
 export interface Machine {
+  readonly description: MachineDescription;
   status(): MachineStatus;
   /** Resolves when the guest said `readyText`; rejects with vm-failed when it dies, timeout when it takes longer. */
   ready(timeoutMs: number): Promise<void>;

@@ -230,6 +230,7 @@ function imageFile(name: string, digest: Digest, manifest: Manifest): File {
     writable: false,
     modifiedMs: Date.parse(manifest.created),
     contentId: digest,
+    ...(manifest.kind === 'memory' ? { mapsPrivately: true as const } : {}),
   };
 }
 

@@ -11,6 +11,8 @@ export { importImage } from './import.ts';
 export type { ImportOptions, ImportPart, ImportResult } from './import.ts';
 export { uploadImage } from './upload-image.ts';
 export type { UploadOptions, UploadResult } from './upload-image.ts';
+export { uploadVersion } from './upload-version.ts';
+export type { VersionOptions } from './upload-version.ts';
 export { initStore, openStore, Store } from './store.ts';
 export type { ImageStatistics, StoreStatistics } from './store.ts';
 export { verifyStore } from './verify.ts';

@@ -116,12 +116,16 @@ export async function uploadImage(
   return { ...result, tag };
 }
 
-class Upload {
+/** What `Upload` needs to know. */
+export type UploadWork = Pick<UploadOptions, 'reference' | 'read' | 'onProgress' | 'signal'>;
+
+/** Chunks on their way into a store: read and hashed, asked for, and sent where they lack. */
+export class Upload {
   sentChunks = 0;
   sentBytes = 0;
   readonly #target: UploadTarget;
   readonly #size: Pick<Manifest, 'sizeBytes' | 'chunkBytes'>;
-  readonly #options: UploadOptions;
+  readonly #options: UploadWork;
   /** Digest of each chunk that was read and is not zeros. */
   readonly #digests = new Map<number, Digest>();
   /** Stored bytes of each that is there; 0 while a round is at it. */
@@ -129,11 +133,7 @@ class Upload {
   #doneBytes = 0;
   #totalBytes = 0;
 
-  constructor(
-    target: UploadTarget,
-    size: Pick<Manifest, 'sizeBytes' | 'chunkBytes'>,
-    options: UploadOptions,
-  ) {
+  constructor(target: UploadTarget, size: Pick<Manifest, 'sizeBytes' | 'chunkBytes'>, options: UploadWork) {
     this.#target = target;
     this.#size = size;
     this.#options = options;

@@ -189,7 +189,7 @@ class Operations {
       if (share.closed) continue;
       file.users++;
       const writes = (flags & (O_ACCMODE | O_TRUNC)) !== 0;
-      if (writes && !file.image.writable) {
+      if (writes && !file.image.writable && !file.entry.mapsPrivately) {
         this.#letGo(path, file);
         throw new Refusal('EROFS');
       }

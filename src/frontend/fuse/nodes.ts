@@ -139,8 +139,9 @@ export class ImageTable {
     return this.#shares.size;
   }
 
-  /** The open image of `key`, by `open` when nobody has it open; equal concurrent calls share one `open`. */
-  async acquire(key: string, open: () => Promise<Image>): Promise<SharedImage> {
+  /** The open image of `key`, by `open` when nobody has it open; equal concurrent calls share one `open`.
+   * `mayBack`: whether the kernel may read it by itself. */
+  async acquire(key: string, open: () => Promise<Image>, mayBack = true): Promise<SharedImage> {
     for (;;) {
       let share = this.#shares.get(key);
       if (share?.closed) {
@@ -149,7 +150,8 @@ export class ImageTable {
       }
       if (!share) {
         const opened = open().then(async (image): Promise<SharedImage> => {
-          return { key, image, backing: await this.#claim(image), users: 0, inFlight: 0 };
+          const backing = mayBack ? await this.#claim(image) : undefined;
+          return { key, image, backing, users: 0, inFlight: 0 };
         });
         share = { opened };
         this.#shares.set(key, share);

@@ -269,7 +269,8 @@ export class Session {
     if (entry.type !== 'file') throw new Refusal('EISDIR');
     const flags = call.request.u32(0);
     const writes = (flags & O_ACCMODE) !== 0 || (flags & O_TRUNC) !== 0;
-    if (writes && (!entry.writable || this.#options.readOnly)) throw new Refusal('EROFS');
+    const mayWrite = entry.mapsPrivately ?? (entry.writable && !this.#options.readOnly);
+    if (writes && !mayWrite) throw new Refusal('EROFS');
     if ((flags & O_TRUNC) !== 0) throw new Refusal('EPERM');
     const made = this.#handles.madeFor(call.request.unique);
     const file = made === undefined ? undefined : this.#handles.file(made);
@@ -277,7 +278,9 @@ export class Session {
       this.#answerOpen(call, made!, file);
       return;
     }
-    const shared = await this.#images.acquire(node.key, () => this.#openImage(node));
+    // By passthrough, an open for writing would reach the cache's own file.
+    const mayBack = entry.mapsPrivately === undefined;
+    const shared = await this.#images.acquire(node.key, () => this.#openImage(node), mayBack);
     if (call.answered) {
       this.#images.release(shared);
       return;

@@ -84,6 +84,7 @@ interface Facts {
 }
 
 export class QemuMachine implements Machine {
+  readonly description: MachineDescription;
   readonly consoleSocket: string;
   readonly identitySocket: string;
   readonly consoleLog: string;
@@ -107,6 +108,7 @@ export class QemuMachine implements Machine {
   private constructor(options: Omit<StartOptions, 'program' | 'from'>, process: QemuProcess, facts: Facts) {
     const { folder } = options;
     this.#options = options;
+    this.description = options.description;
     this.#process = process;
     this.#startMs = performance.now();
     this.#memoryImage = facts.memoryImage;

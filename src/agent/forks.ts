@@ -1,0 +1,117 @@
+/**
+ * VMs that go on from a checkpoint in the store, each as a machine of its own: a disk clone each over the checkpoint's
+ * disk, and its one memory image, which all of them have mapped privately and so share as long as they do not write.
+ */
+import { open, rm } from 'node:fs/promises';
+import path from 'node:path';
+import { GridError } from '../core/errors.ts';
+import type { Machine, MachineDescription, Vmm } from '../core/machine.ts';
+import { CHECKPOINT_FILE_BYTES_MAX, parseCheckpoint } from './checkpoint-file.ts';
+import type { Checkpoint } from './checkpoint-file.ts';
+import type { Clones } from './clones.ts';
+import { newIdentity, relocated } from './machine-description.ts';
+import type { MachineCatalog, Machines } from './machines.ts';
+import type { VmStatus } from './vm-record.ts';
+
+/** Parts of a checkpoint's manifest, beside the memory that it is of. */
+export const PART_DISK = 'disk';
+export const PART_STATE = 'state';
+
+export class Forks {
+  readonly #vmm: Vmm;
+  readonly #machines: Machines;
+  readonly #clones: Clones;
+  readonly #catalog: MachineCatalog;
+
+  constructor(parts: { vmm: Vmm; machines: Machines; clones: Clones; catalog: MachineCatalog }) {
+    this.#vmm = parts.vmm;
+    this.#machines = parts.machines;
+    this.#clones = parts.clones;
+    this.#catalog = parts.catalog;
+  }
+
+  /** A VM that goes on from a checkpoint in the store, as another machine than any other that does. Throws bad-request
+   * (no checkpoint), bad-format, corrupt, unsupported (made for another machine), vm-failed. */
+  async run(reference: string, name: string | undefined): Promise<VmStatus> {
+    const requestedAtMs = performance.now();
+    const { digest, manifest, folder: imageFolder } = await this.#catalog.resolve(reference);
+    const { [PART_DISK]: diskDigest, [PART_STATE]: stateDigest } = manifest.parts;
+    if (manifest.kind !== 'memory' || diskDigest === undefined || stateDigest === undefined) {
+      throw new GridError('bad-request', `${reference} is no checkpoint but of kind '${manifest.kind}'`);
+    }
+    const { sizeBytes } = (await this.#catalog.manifestOf(stateDigest)).manifest;
+    if (sizeBytes > CHECKPOINT_FILE_BYTES_MAX) {
+      throw new GridError('bad-format', `the state of ${reference} has ${sizeBytes} bytes`);
+    }
+    const checkpoint = parseCheckpoint(
+      await this.#catalog.read(stateDigest, sizeBytes),
+      `the state of ${reference}`,
+    );
+    const { facts } = checkpoint;
+    if (manifest.sizeBytes !== facts.description.memoryBytes) {
+      throw new GridError('bad-format', `the memory of ${reference} has not the size that its state says`);
+    }
+    const disk = (await this.#catalog.manifestOf(diskDigest)).manifest;
+    const id = this.#machines.reserve(name);
+    let clone: string | undefined;
+    try {
+      ({ id: clone } = await this.#clones.create({
+        image: reference,
+        base: diskDigest,
+        sizeBytes: disk.sizeBytes,
+        name: `${id}-disk`,
+        vm: id,
+      }));
+      const description = {
+        ...relocated(facts.description, this.#catalog.diskOf(clone)),
+        name: id,
+        ...newIdentity(),
+      };
+      const file = path.join(imageFolder, 'memory.raw');
+      return await this.#machines.launch({
+        id,
+        image: reference,
+        clone,
+        discards: true,
+        ...(description.readyText === undefined ? {} : { readyText: description.readyText }),
+        memory: { file, image: digest },
+        requestedAtMs,
+        clonedMs: performance.now() - requestedAtMs,
+        opens: [digest, diskDigest],
+        begin: (folder) => resumeMachine(this.#vmm, checkpoint, description, folder, file),
+        proceed: async (machine) => {
+          // The file was opened by its name: it must still be what the state belongs to.
+          if ((await this.#catalog.resolve(reference)).digest !== digest) {
+            throw new GridError(
+              'wrong-base',
+              `${reference} was moved to another checkpoint meanwhile; try again`,
+            );
+          }
+          await machine.proceed();
+        },
+      });
+    } catch (error) {
+      this.#machines.unreserve(id);
+      if (clone !== undefined) await this.#clones.discard(clone);
+      throw error;
+    }
+  }
+}
+
+/** A machine as the checkpoint has it, paused; `description` may say that it is another one now. */
+export async function resumeMachine(
+  vmm: Vmm,
+  { facts, deviceState: state }: Checkpoint,
+  description: MachineDescription,
+  folder: string,
+  memory: string,
+): Promise<Machine> {
+  const deviceState = path.join(folder, 'checkpoint.state');
+  try {
+    await using file = await open(deviceState, 'w', 0o600);
+    await file.writeFile(state);
+    return await vmm.resume(description, folder, { memory, deviceState }, facts.compatibility);
+  } finally {
+    await rm(deviceState, { force: true });
+  }
+}

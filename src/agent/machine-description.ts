@@ -1,0 +1,76 @@
+/** How a machine is made of an image's labels and parts and of what was asked for. */
+import { randomBytes, randomUUID } from 'node:crypto';
+import path from 'node:path';
+import { MIB } from '../core/limits.ts';
+import type { MachineDescription } from '../core/machine.ts';
+import type { Manifest } from '../core/manifest.ts';
+import type { RunRequest } from './vm-record.ts';
+
+/** Labels of a disk image's manifest that say how its machine is made. */
+export const LABEL_COMMAND_LINE = 'boot.cmdline';
+export const LABEL_READY_TEXT = 'boot.ready';
+export const LABEL_MEMORY_MIB = 'machine.memory-mib';
+const MEMORY_BYTES_DEFAULT = 512 * MIB;
+
+/** What makes one machine another than the machine it is a copy of. */
+export function newIdentity(): { macAddress: string; generationId: string } {
+  const mac = randomBytes(3);
+  return {
+    macAddress: `52:54:00:${mac.toString('hex').replaceAll(/(..)(?=.)/g, '$1:')}`,
+    generationId: randomUUID(),
+  };
+}
+
+/** `partsFolder` is where the mount shows the image's kernel and initrd, `disk` the clone's disk there. */
+export function describeMachine(
+  request: RunRequest,
+  id: string,
+  { labels, parts }: Pick<Manifest, 'labels' | 'parts'>,
+  partsFolder: string,
+  disk: string,
+): MachineDescription {
+  const memoryLabel = Number(labels[LABEL_MEMORY_MIB]);
+  const readyText = request.readyText ?? labels[LABEL_READY_TEXT];
+  const description = {
+    name: id,
+    vcpus: request.vcpus ?? 1,
+    memoryBytes: request.memoryBytes ?? (memoryLabel > 0 ? memoryLabel * MIB : MEMORY_BYTES_DEFAULT),
+    disks: [{ path: disk, format: 'raw' as const, readOnly: false }],
+    ...newIdentity(),
+    network: request.network ?? ('user' as const),
+    ...(readyText === undefined ? {} : { readyText }),
+  };
+  if (!('kernel' in parts)) return description;
+  return { ...description, boot: bootOf(parts, partsFolder, commandLineOf(request, labels)) };
+}
+
+function commandLineOf(request: RunRequest, labels: Manifest['labels']): string {
+  return request.commandLine ?? labels[LABEL_COMMAND_LINE] ?? 'root=/dev/vda rw console=ttyS0';
+}
+
+function bootOf(parts: Manifest['parts'], folder: string, commandLine: string) {
+  return {
+    kernel: path.join(folder, 'kernel'),
+    ...('initrd' in parts ? { initrd: path.join(folder, 'initrd') } : {}),
+    commandLine,
+  };
+}
+
+/** The same machine over another disk: as the mount of this host shows it, with the parts of its image beside it. */
+export function relocated(description: MachineDescription, disk: string): MachineDescription {
+  const { boot, disks } = description;
+  const folder = path.dirname(disk);
+  return {
+    ...description,
+    disks: disks.map((one, index) => (index === 0 ? { ...one, path: disk } : one)),
+    ...(boot === undefined
+      ? {}
+      : {
+          boot: {
+            ...boot,
+            kernel: path.join(folder, 'kernel'),
+            ...(boot.initrd === undefined ? {} : { initrd: path.join(folder, 'initrd') }),
+          },
+        }),
+  };
+}

@@ -1,0 +1,138 @@
+/** A VM as the agent knows it: what it was asked for, what it is made of, what is said of it. */
+import { readFile, rename, writeFile } from 'node:fs/promises';
+import path from 'node:path';
+import type { Digest } from '../core/bytes.ts';
+import { GridError } from '../core/errors.ts';
+import type { Machine, MachineStatus } from '../core/machine.ts';
+import { isName } from '../core/manifest.ts';
+
+export interface RunRequest {
+  /** name:version to make a non-persistent clone of: of kind disk, or a checkpoint, which is resumed; or … */
+  readonly image?: string;
+  /** … a clone that is there already; it stays when the VM goes if it is persistent or full. */
+  readonly clone?: string;
+  readonly name?: string;
+  readonly memoryBytes?: number;
+  readonly vcpus?: number;
+  readonly network?: 'user' | 'none';
+  /** Replaces the label's. */
+  readonly commandLine?: string;
+  readonly readyText?: string;
+}
+
+/** Where the memory of a VM that was resumed comes from. It is mapped privately: what the VM writes is its own. */
+export interface VmMemory {
+  /** The file that is mapped. */
+  readonly file: string;
+  /** The clone whose disk that file is, if it is one's; other VMs may have it mapped as well. */
+  readonly clone?: string;
+  /** The memory image that it is, if it is one. */
+  readonly image?: Digest;
+  /** The clone that has the same content and is this VM's own: what it changed is written there. Where `image` is
+   * mapped, one is made when it is needed. */
+  readonly own?: string;
+}
+
+/** What another daemon needs to know to go on with a VM. */
+export interface VmRecord {
+  readonly schema: 1;
+  readonly id: string;
+  readonly image: string;
+  /** Its disk. */
+  readonly clone: string;
+  /** Its disk is a non-persistent clone: it goes with this VM. */
+  readonly discards: boolean;
+  /** ISO 8601, UTC. */
+  readonly created: string;
+  readonly clonedMs: number;
+  readonly startedMs: number;
+  readonly readyText?: string;
+  readonly memory?: VmMemory;
+}
+
+/** One that runs. */
+export interface Vm {
+  readonly record: VmRecord;
+  /** Its sockets and logs. */
+  readonly folder: string;
+  readonly requestedAtMs: number;
+  readonly machine: Machine;
+  readyMs?: number;
+  /** What is done to it; nothing else may be then. */
+  busy?: string;
+  /** It is ended because it has been suspended: its clones stay. */
+  suspended?: true;
+}
+
+export interface VmStatus extends Omit<MachineStatus, 'state'> {
+  readonly state: MachineStatus['state'] | 'suspended';
+  readonly id: string;
+  readonly image: string;
+  readonly clone: string;
+  readonly created: string;
+  /** The guest's word for being ready; without it nobody can wait for the guest. */
+  readonly readyText?: string;
+  /** Whether it goes on from a checkpoint or a suspension, and so has no boot to wait for. */
+  readonly resumed: boolean;
+  readonly consoleSocket: string;
+  readonly consoleLog: string;
+  /** Milliseconds from the request to: clone there, machine started (a resumed guest runs then), guest ready. */
+  readonly timeline: { readonly clonedMs: number; readonly startedMs?: number; readonly readyMs?: number };
+}
+
+export function statusOf({ record, machine, readyMs }: Vm): VmStatus {
+  return {
+    ...machine.status(),
+    id: record.id,
+    image: record.image,
+    clone: record.clone,
+    created: record.created,
+    ...(record.readyText === undefined ? {} : { readyText: record.readyText }),
+    resumed: record.memory !== undefined,
+    consoleSocket: machine.consoleSocket,
+    consoleLog: machine.consoleLog,
+    timeline: {
+      clonedMs: record.clonedMs,
+      startedMs: record.startedMs,
+      ...(readyMs === undefined ? {} : { readyMs }),
+    },
+  };
+}
+
+const RECORD_FILE = 'vm.json';
+
+/** Puts the record into the VM's folder. It need not survive the host: the VM does not either. */
+export async function writeVmRecord(folder: string, record: VmRecord): Promise<void> {
+  const file = path.join(folder, RECORD_FILE);
+  await writeFile(`${file}.new`, JSON.stringify(record) + '\n', { mode: 0o600 });
+  await rename(`${file}.new`, file);
+}
+
+/** Throws bad-format, newer-format and what the disk says. */
+export async function readVmRecord(folder: string): Promise<VmRecord> {
+  return checkedVmRecord(
+    JSON.parse(await readFile(path.join(folder, RECORD_FILE), 'utf8')),
+    path.basename(folder),
+  );
+}
+
+/** Throws bad-format, newer-format unless it is the record of VM `id`. */
+export function checkedVmRecord(raw: unknown, id: string): VmRecord {
+  const record = (raw ?? {}) as Partial<VmRecord>;
+  if (typeof record.schema === 'number' && record.schema > 1)
+    throw new GridError(
+      'newer-format',
+      `the record of VM ${id} has schema ${String(record.schema)}, this is 1`,
+    );
+  const { clone, image, memory } = record;
+  const good =
+    record.schema === 1 &&
+    record.id === id &&
+    isName(id) &&
+    isName(clone) &&
+    typeof image === 'string' &&
+    typeof record.discards === 'boolean' &&
+    [memory?.clone, memory?.own].every((name) => name === undefined || isName(name));
+  if (!good) throw new GridError('bad-format', `the record of VM ${id} is malformed`);
+  return record as VmRecord;
+}

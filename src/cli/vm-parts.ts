@@ -1,0 +1,158 @@
+/** Wiring of VMs and checkpoints: machines over the mount; clones of disk and memory become versions in the store behind
+ * the proxy. */
+import path from 'node:path';
+import type { Cache } from '../../cache/index.ts';
+import { Checkpoints } from '../agent/checkpoints.ts';
+import type { CheckpointWork } from '../agent/checkpoints.ts';
+import type { CloneRecord } from '../agent/clone-record.ts';
+import type { Clones } from '../agent/clones.ts';
+import { Forks, PART_DISK, PART_STATE } from '../agent/forks.ts';
+import { Machines } from '../agent/machines.ts';
+import type { MachineCatalog } from '../agent/machines.ts';
+import { createStarts } from '../agent/starts.ts';
+import type { Digest } from '../core/bytes.ts';
+import { CHUNK_BYTES_DEFAULT, MEMORY_CHUNK_BYTES } from '../core/limits.ts';
+import { parseReference } from '../core/manifest.ts';
+import type { Tag } from '../core/manifest.ts';
+import type { ChunkSource } from '../core/source.ts';
+import { changedUnits } from '../image/index.ts';
+import { uploadImage, uploadVersion } from '../store/index.ts';
+import { createQemu } from '../vmm/index.ts';
+import type { Disk } from './clone-parts.ts';
+import type { ProxyPaths } from './paths.ts';
+
+export interface MachineParts {
+  readonly cache: Cache;
+  readonly clones: Clones;
+  readonly source: ChunkSource;
+  readonly mountpoint: string;
+  readonly paths: ProxyPaths;
+  readonly accelerator: 'auto' | 'kvm' | 'tcg';
+  readonly profiles: boolean;
+  readonly resolve: MachineCatalog['resolve'];
+  readonly imageFolderOf: (tag: Tag) => string;
+  readonly log: (line: string) => void;
+}
+
+export interface MachineWork {
+  readonly machines: Machines;
+  readonly checkpoints: Checkpoints;
+  readonly forks: Forks;
+  /** Before the mount. `takeover`: it is there already. */
+  prepare(takeover: boolean): Promise<void>;
+  /** When the mount answers. */
+  goOn(takeover: boolean): Promise<void>;
+}
+
+export function machineWork(parts: MachineParts): MachineWork {
+  const { cache, clones, source, mountpoint, paths, log } = parts;
+  const vmm = createQemu({ accelerator: parts.accelerator, log });
+  const catalog: MachineCatalog = {
+    resolve: parts.resolve,
+    async manifestOf(digest) {
+      const tag = (await cache.listTags()).find((one) => one.manifest === digest);
+      return { manifest: await cache.readManifest(digest), folder: tag && parts.imageFolderOf(tag) };
+    },
+    read: (digest, lengthBytes) => readContent(cache, digest, lengthBytes),
+    diskOf: (id) => path.join(mountpoint, 'clones', id, 'disk.raw'),
+  };
+  const machines = new Machines({
+    vmm,
+    folder: path.join(paths.runtime, 'vms'),
+    clones,
+    catalog,
+    log,
+    ...(parts.profiles ? { starts: createStarts(cache, log) } : {}),
+  });
+  const checkpoints = new Checkpoints({
+    vmm,
+    folder: path.join(paths.state, 'vms'),
+    machines,
+    clones,
+    catalog,
+    work: checkpointWork(source),
+    log,
+  });
+  let kept = new Set<string>();
+  return {
+    machines,
+    checkpoints,
+    forks: new Forks({ vmm, machines, clones, catalog }),
+    async prepare(takeover) {
+      kept = await checkpoints.load();
+      if (!takeover) await machines.cleanUp(kept);
+    },
+    async goOn(takeover) {
+      if (takeover) await machines.adopt(kept, (id) => checkpoints.forget(id));
+    },
+  };
+}
+
+async function readContent(cache: Cache, digest: Digest, lengthBytes: number): Promise<Buffer> {
+  const image = await cache.openImage(digest);
+  try {
+    const bytes = Buffer.alloc(lengthBytes);
+    await image.read(bytes, 0);
+    return bytes;
+  } finally {
+    await image.close();
+  }
+}
+
+/** Of the version of a disk: it says what the checkpoint's disk was made of. */
+const LABEL_CHECKPOINT = 'checkpoint';
+
+function checkpointWork(source: ChunkSource): CheckpointWork {
+  return {
+    async publish({ reference, disk, diskRecord, memory, memoryRecord, state }) {
+      const { name, version } = parseReference(reference);
+      const labels = { [LABEL_CHECKPOINT]: `${name}:${version}` };
+      const { clone: diskClone } = disk as Disk;
+      const disks = await uploadImage(source, {
+        parent: diskRecord.base,
+        reference: `${name}.disk:${version}`,
+        sizeBytes: disk.sizeBytes,
+        standalone: isStandalone(diskRecord),
+        changed: (chunkBytes) => changedUnits(diskClone, chunkBytes, isStandalone(diskRecord)),
+        read: (target, offsetBytes) => disk.read(target, offsetBytes),
+        labels,
+      });
+      const states = await uploadVersion(source, {
+        reference: `${name}.state:${version}`,
+        kind: 'state',
+        sizeBytes: state.length,
+        chunkBytes: CHUNK_BYTES_DEFAULT,
+        changed: (chunkBytes) =>
+          Array.from({ length: Math.ceil(state.length / chunkBytes) }, (_, index) => index),
+        async read(target, offsetBytes) {
+          target.set(state.subarray(offsetBytes, offsetBytes + target.length));
+        },
+        labels,
+      });
+      const { clone: memoryClone } = memory as Disk;
+      const standalone = isStandalone(memoryRecord);
+      const memories = await uploadVersion(source, {
+        reference,
+        kind: 'memory',
+        sizeBytes: memory.sizeBytes,
+        chunkBytes: MEMORY_CHUNK_BYTES,
+        ...(standalone ? {} : { parent: memoryRecord.base }),
+        changed: (chunkBytes) => changedUnits(memoryClone, chunkBytes, standalone),
+        read: (target, offsetBytes) => memory.read(target, offsetBytes),
+        labels,
+        parts: { [PART_DISK]: disks.digest, [PART_STATE]: states.digest },
+      });
+      const all = [disks, states, memories];
+      return {
+        digest: memories.digest,
+        newChunks: all.reduce((sum, { newChunks }) => sum + newChunks, 0),
+        newStoredBytes: all.reduce((sum, { newStoredBytes }) => sum + newStoredBytes, 0),
+      };
+    },
+  };
+}
+
+/** Whether it needs nothing of its base. */
+function isStandalone(record: CloneRecord): boolean {
+  return record.detached !== undefined;
+}
