@@ -111,6 +111,39 @@ suite('suspended VMs and checkpoints', () => {
     assert.deepEqual(await world.json('clone', 'ls'), []);
   });
 
+  test('a VM and a suspended VM go on when the proxy is killed and its successor takes the mount over', async () => {
+    const running = await world.json<Vm>('vm', 'run', 'small:1', '--name', 'runs');
+    await world.json('vm', 'run', 'small:1', '--name', 'sleeps');
+    const nonce = await setNonce(running);
+    await world.json('vm', 'suspend', 'sleeps');
+    const { pid } = await world.json<{ pid: number }>('proxy', 'status');
+    process.kill(pid, 'SIGKILL');
+    // Without Machines.adopt the successor knows no VM, and discards the clones of this one.
+    const successor = await untilAnother(pid);
+    assert.notEqual(successor, pid);
+    assert.equal(isRunning(running.pid), true);
+    assert.equal(await nonceOf(running), nonce);
+    await ask(running.consoleSocket, 'echo more > /root/more; sync; echo written-$((6*7))', /written-42/);
+    const states = (await world.json<Vm[]>('vm', 'ls')).map(({ id, state }) => `${id} ${state}`);
+    assert.deepEqual(states.toSorted(), ['runs running', 'sleeps suspended']);
+    await world.json('vm', 'suspend', 'runs');
+    const [back] = await world.json<Vm[]>('vm', 'resume', 'runs');
+    assert.equal(await nonceOf(back!), nonce);
+    await world.json('vm', 'stop', 'runs', 'sleeps', '--now');
+    assert.deepEqual(await world.json('clone', 'ls'), []);
+  });
+
+  /** The pid of the proxy that has taken over from `pid`. */
+  async function untilAnother(pid: number): Promise<number> {
+    for (const endMs = performance.now() + 120_000; performance.now() < endMs;) {
+      const { code, stdout } = await world.run('proxy', 'status', '--json');
+      const now = code === 0 ? (JSON.parse(stdout) as { pid: number }).pid : pid;
+      if (now !== pid) return now;
+      await new Promise((resolve) => setTimeout(resolve, 100));
+    }
+    return pid;
+  }
+
   test('what is not as it was suspended is refused with the reason, and stays suspended', async () => {
     await world.json<Vm>('vm', 'run', 'small:1', '--name', 'hurt');
     await world.json('vm', 'suspend', 'hurt');
