@@ -110,8 +110,7 @@ export class ImageFile {
     this.figures = context.figures;
     this.states = new ChunkStates(manifest, table, context.figures.notes);
     this.#context = context;
-    const isZero = (index: number) => table.entryOf(index) < 0;
-    this.#readAhead = new ReadAhead(manifest.kind, table.count, isZero);
+    this.#readAhead = new ReadAhead(manifest.kind, table.count, (index) => table.entryOf(index) < 0);
     this.readAround = new ReadAround(this, context.fetcher, {
       underWay: (index) => this.#flights.has(index),
       room: () => context.space.degraded === undefined,
@@ -198,12 +197,12 @@ export class ImageFile {
       }
       if (this.states.get(index) === UNIT_PRESENT) {
         if (this.#disk.direct === undefined) {
-          // No files yet: only chunks of zeros are PRESENT.
-          part.fill(0);
+          part.fill(0); // no files yet: only chunks of zeros are PRESENT
           continue;
         }
         if (this.#readHere(part, from)) continue;
       }
+      if (!this.#flights.has(index)) this.readAround.onMiss(index, from - start, part.length);
       parts.push(
         this.#obtain(index, true).plain.then((plain) => {
           part.set(plain.subarray(from - start, from - start + part.length));
@@ -266,7 +265,6 @@ export class ImageFile {
       started.plain.catch(() => this.#flights.delete(index));
       this.#flights.set(index, started);
       flight = started;
-      if (demanded) this.readAround.onMiss(index);
     } else if (!demanded || flight.demanded) return flight;
     if (!demanded) return flight;
     // The first who waits for it.

@@ -2,8 +2,10 @@
  * What to fetch beside a chunk that a reader misses, while nothing says what will be read (no profile, no run): on a
  * long link a round trip costs more than chunks that turn out not to be needed.
  *
- *   holes        the chunk between the missed one and another that was asked for, on any link longer than
- *                HOLES_MIN_MS. (A Debian boot's trace, 30 ms and 100 Mbit/s: 7 % less time for 8 chunks of 312.)
+ *   holes        the chunk between the missed one and another that was asked for, on any link longer than LEAN_MIN_MS
+ *   edges        the chunk behind one that is read near its end, and before one that is read at its beginning, likewise
+ *                (Both together, a Debian boot's trace at 30 ms and 100 Mbit/s: 11 % less time for 14 chunks of 318.
+ *                Twice the edges would save 3 % more for 5 chunks more, and so on: see what is promised of the bytes.)
  *   neighbours   nearest first, as many stored bytes as the way carries in the part of a round trip above SHORT_MS.
  *                (The same at 150 ms and 50 Mbit/s: 16 s instead of 41, for half of the image instead of a fifth.
  *                Reading chunk by chunk would take twice as long there as a copy of the whole image.)
@@ -13,10 +15,13 @@
  */
 import type { ChunkTable } from '../src/core/chunk-table.ts';
 import { UNIT_ABSENT } from '../src/core/image.ts';
+import { KIB } from '../src/core/limits.ts';
 import type { WayFigures } from '../src/core/source.ts';
 import type { ChunkStates } from './chunk-states.ts';
 
-const HOLES_MIN_MS = 10;
+const LEAN_MIN_MS = 10;
+const END_BYTES = 32 * KIB;
+const BEGINNING_BYTES = 8 * KIB;
 /** A round trip that a miss may cost without more ado: a few seeks of the disks that guests were made for. */
 const SHORT_MS = 40;
 /** Chunks on either side at most: 8 MiB of the default size. */
@@ -71,14 +76,20 @@ export class ReadAround {
     return () => void this.#known--;
   }
 
-  /** A reader waits for chunk `index`, which nobody had asked for. */
-  onMiss(index: number): void {
+  /** A reader waits for `lengthBytes` at `offsetBytes` of chunk `index`, which nobody had asked for. */
+  onMiss(index: number, offsetBytes: number, lengthBytes: number): void {
     const { table, states } = this.#file;
     if (this.#known > 0 || table.entryOf(index) < 0 || states.get(index) !== UNIT_ABSENT) return;
     const { way } = this.#way;
-    if (!way || way.roundTripMs < HOLES_MIN_MS || !this.#hasRoom()) return;
-    for (const step of [1, -1])
-      if (this.#isAsked(index + 2 * step) && this.#isWanted(index + step)) this.#fetch(index + step);
+    if (!way || way.roundTripMs < LEAN_MIN_MS || !this.#hasRoom()) return;
+    const isAtEdge = {
+      [1]: offsetBytes + lengthBytes >= table.chunkBytes - END_BYTES,
+      [-1]: offsetBytes < BEGINNING_BYTES,
+    };
+    for (const step of [1, -1] as const) {
+      const isLikely = isAtEdge[step] || this.#isAsked(index + 2 * step);
+      if (isLikely && this.#isWanted(index + step)) this.#fetch(index + step);
+    }
     const bytes = neighbourBytes(way);
     let left = Math.min(bytes, MISSES * bytes - this.#way.prefetchBytes);
     for (let distance = 1; distance <= REACH && left > 0; distance++) {

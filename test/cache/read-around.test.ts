@@ -32,7 +32,8 @@ async function openOver(way: WayFigures | undefined, options: { readAround?: boo
   source.figures = way;
   const cache = await harness.open({ folder: harness.fresh(), source, ...options });
   const image = await cache.openImage(fixture.digest);
-  const read = (index: number) => image.read(Buffer.alloc(16), index * CHUNK_BYTES);
+  const read = (index: number, at = CHUNK_BYTES / 4) =>
+    image.read(Buffer.alloc(16), index * CHUNK_BYTES + at);
   /** What was asked for, once nothing is under way. */
   const asked = async () => {
     while ((await cache.status()).inFlightChunks > 0) await new Promise((resolve) => setTimeout(resolve, 5));
@@ -72,6 +73,18 @@ test('the chunk between two that were missed comes with the second, but not on a
   }
 });
 
+test('over a way that is not local a read near the end of a chunk brings the next one, at its beginning the one before', async () => {
+  const end = await openOver(SHORT);
+  await end.read(middle, CHUNK_BYTES - 16);
+  assert.ok((await end.asked()).has(middle + 1) && !(await end.asked()).has(middle - 1));
+  const beginning = await openOver(SHORT);
+  await beginning.read(middle, 0);
+  assert.ok((await beginning.asked()).has(middle - 1) && !(await beginning.asked()).has(middle + 1));
+  const local = await openOver(LOCAL);
+  await local.read(middle, CHUNK_BYTES - 16);
+  assert.ok(!(await local.asked()).has(middle + 1));
+});
+
 test('over a long way a miss brings its neighbours as prefetch, as many as the link carries meanwhile', async () => {
   const { source, cache, read, asked } = await openOver(LONG);
   await read(middle);
@@ -108,10 +121,10 @@ test('nothing comes with a miss where the operator said so, nor while a whole im
     { underWay: () => false, room: () => true },
   );
   const resume = around.pause();
-  around.onMiss(middle);
+  around.onMiss(middle, 16 * KIB, 16);
   assert.deepEqual(asked, []);
   resume();
-  around.onMiss(middle);
+  around.onMiss(middle, 16 * KIB, 16);
   assert.deepEqual(asked.slice(0, 2), [middle + 1, middle - 1]);
 });
 
@@ -127,7 +140,7 @@ test('nor more while the neighbours of two misses are still under way, nor where
       prefetch: (index: number) => Promise.resolve(asked.push(index) > 0),
     };
     const is = { underWay: () => false, room: () => room };
-    new ReadAround(file, { way: LONG, prefetchBytes }, is).onMiss(middle);
+    new ReadAround(file, { way: LONG, prefetchBytes }, is).onMiss(middle, 16 * KIB, 16);
     assert.deepEqual(asked, []);
   }
 });
