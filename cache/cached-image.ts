@@ -2,12 +2,14 @@
 import { GridError } from '../src/core/errors.ts';
 import type { DirectMap, Image } from '../src/core/image.ts';
 import type { Manifest } from '../src/core/manifest.ts';
+import type { Usage } from '../src/core/usage.ts';
 import type { ImageFile } from './image-file.ts';
 
 export class CachedImage implements Image {
   readonly writable = false;
   readonly manifest: Manifest;
   readonly sizeBytes: number;
+  readonly usage: Usage;
   /** Missing only while the cache's disk is too full to make the image's files. */
   readonly direct?: DirectMap;
   readonly #file: ImageFile;
@@ -18,6 +20,7 @@ export class CachedImage implements Image {
     this.#release = release;
     this.manifest = file.manifest;
     this.sizeBytes = file.manifest.sizeBytes;
+    this.usage = file.figures.usage;
     if (file.direct) this.direct = file.direct;
   }
 

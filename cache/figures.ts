@@ -1,4 +1,5 @@
 /** What happened to one image since the start of this process: kept when its files are closed. */
+import { Usage } from '../src/core/usage.ts';
 import type { FetchTally } from './fetcher.ts';
 
 export interface ImageFigures extends FetchTally {
@@ -13,6 +14,8 @@ export interface ImageFigures extends FetchTally {
   /** Chunks whose bytes on this disk were found wrong, and made right again. */
   refetchedChunks: number;
   evictedChunks: number;
+  /** Requests of frontends for the image itself, not for clones of it. */
+  readonly usage: Usage;
   /** One byte per chunk, see chunk-states.ts. */
   readonly notes: Uint8Array;
 }
@@ -29,6 +32,7 @@ export function newFigures(chunkCount: number): ImageFigures {
     savedBytes: 0,
     refetchedChunks: 0,
     evictedChunks: 0,
+    usage: new Usage(),
     notes: new Uint8Array(chunkCount),
   };
 }

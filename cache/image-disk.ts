@@ -9,6 +9,7 @@ import { DirectFile } from '../src/core/direct-io.ts';
 import type { DirectMap } from '../src/core/image.ts';
 import { punchHole } from '../src/core/linux.ts';
 import { chunkCountOf, chunkLengthOf } from '../src/core/manifest.ts';
+import type { Usage } from '../src/core/usage.ts';
 import type { ChunkStates } from './chunk-states.ts';
 import { Commits } from './commits.ts';
 import {
@@ -31,6 +32,7 @@ const DISK_BLOCK_BYTES = 4096;
 
 export interface DiskContext {
   readonly space: Space;
+  readonly usage: Usage;
   /** No chunk is being written: what the files take can be measured. */
   isQuiescent(): boolean;
   readonly log: (message: string) => void;
@@ -119,6 +121,7 @@ export class ImageDisk {
     });
     this.#direct = {
       sizeBytes: this.#shape.sizeBytes,
+      usage: this.#context.usage.counters,
       base: {
         fd: files.dataFd,
         unitBytes: this.#shape.chunkBytes,

@@ -4,8 +4,7 @@
  * States of a chunk (chunk-states.ts; one byte each, read by worker threads without asking):
  *   ABSENT      not here; fetched on its first read
  *   UNVERIFIED  the map has a record from an earlier run, or a chunk of zeros has data on the disk; hashed on its
- *               first read → PRESENT, or counted, and fetched (zeroed) again. A worker that reads it hashes it
- *               itself and comes here only with one that is wrong
+ *               first read, by the worker that has it → PRESENT, or here: counted, and fetched (zeroed) again
  *   PRESENT     the kernel has the right bytes in `data`; chunks of zeros are PRESENT holes from the start
  *   AHEAD       as PRESENT; its first reader comes here and more is read ahead → PRESENT
  *   EVICTING    no longer readable, its space is being given back → ABSENT
@@ -117,6 +116,7 @@ export class ImageFile {
     });
     this.#disk = new ImageDisk(folder, manifestDigest, this.states, {
       space: context.space,
+      usage: context.figures.usage,
       isQuiescent: () => this.#storingBytes === 0,
       log: context.log,
     });
@@ -324,7 +324,6 @@ export class ImageFile {
 
   /** Bytes of a chunk that is here, which becomes PRESENT; undefined when it is wrong and has to be fetched. */
   async #verify(index: number): Promise<Buffer | undefined> {
-    const { folder } = this.#disk;
     try {
       const plain = await this.#disk.readChecked(index);
       if (plain) {
@@ -332,10 +331,10 @@ export class ImageFile {
         return plain;
       }
     } catch (error) {
-      this.#context.log(`cache: cannot read chunk ${index} of ${folder}: ${String(error)}`);
+      this.#context.log(`cache: cannot read chunk ${index} of ${this.#disk.folder}: ${String(error)}`);
     }
     this.figures.refetchedChunks++;
-    this.#context.log(`cache: chunk ${index} of ${folder} is damaged on this disk, making it new`);
+    this.#context.log(`cache: chunk ${index} of ${this.#disk.folder} is damaged on this disk, making it new`);
     if (this.table.entryOf(index) >= 0) {
       this.states.lost(index);
       return undefined;

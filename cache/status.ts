@@ -10,12 +10,13 @@ import { usageOf } from './chunk-states.ts';
 import { newFigures } from './figures.ts';
 import type { ImageFigures } from './figures.ts';
 import type { CacheFolder } from './folder.ts';
+import type { UsageFigures } from '../src/core/usage.ts';
 import type { ImageFile } from './image-file.ts';
 import { closeFiles, openFiles, scanRecords } from './map-file.ts';
 import type { Pins } from './pins.ts';
 import type { Space } from './space.ts';
 
-export interface CachedImageStatus {
+export interface CachedImageStatus extends UsageFigures {
   readonly manifest: Digest;
   readonly sizeBytes: number;
   /** Chunks of the image that are not all zero. */
@@ -140,11 +141,12 @@ function happened(
   figures: ImageFigures | undefined,
   usage: { touchedChunks: number; prefetchedUsedChunks: number },
 ) {
-  const { notes: _, ...counters } = figures ?? newFigures(0);
+  const { notes: _, usage: requests, ...counters } = figures ?? newFigures(0);
   const { touchedChunks } = usage;
   return {
     ...counters,
     ...usage,
+    ...requests.figures(),
     ...(touchedChunks === 0 ? {} : { hitRate: Math.max(0, 1 - counters.missedChunks / touchedChunks) }),
     pinned: parts.pins.of(digest).map(({ purpose }) => purpose ?? 'all'),
   };

@@ -24,7 +24,7 @@ import type { CloneRecord, PushedState } from './clone-record.ts';
 import { entryOf } from './clone-status.ts';
 import type { CloneEntry, CloneStatus, Filling } from './clone-status.ts';
 import { allocatedIn, LayerFolders } from './layer-folders.ts';
-import { SharedImage } from './shared-image.ts';
+import { SharedImage, usagesOf } from './shared-image.ts';
 
 const STAT_TURN = 64;
 /** The kernel tells of a file's last close some time after close(2) or the end of the VM that had it. */
@@ -242,6 +242,9 @@ export class Clones {
     }
     return all;
   }
+
+  /** What was read and written of each clone since it was opened, for those that are open. */
+  usages = () => usagesOf(this.#open);
 
   records(): CloneRecord[] {
     return [...this.#records.values()].toSorted((a, b) => (a.created < b.created ? -1 : 1));

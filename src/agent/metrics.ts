@@ -1,13 +1,15 @@
 /**
  * The figures of a host's proxy as Prometheus text, and its health. Nothing is counted here but the times of calls
  * to the source: all else is read from the status when somebody scrapes. Base units, prefix `gridvfs_`; the only
- * labels are the sources' names, priorities and read|write.
+ * labels are the sources' names, priorities, the mount's operations and who answered them.
  */
 import fastify from 'fastify';
 import type { FastifyInstance } from 'fastify';
 import { Counter, Gauge, Histogram, Registry } from 'prom-client';
 import { asGridError } from '../core/errors.ts';
 import type { ChunkSource } from '../core/source.ts';
+import { LATENCY_BUCKETS_SECONDS } from '../core/usage.ts';
+import type { OperationFigures } from '../core/usage.ts';
 
 /** What is needed of the proxy's status; every figure counts since its start. */
 export interface StatusForMetrics {
@@ -44,6 +46,8 @@ export interface StatusForMetrics {
     readonly failures: number;
     readonly interrupted: number;
     readonly openFiles: number;
+    readonly inFlight: number;
+    readonly operations: readonly OperationFigures[];
   };
   readonly sources: readonly SourceForMetrics[];
 }
@@ -178,6 +182,7 @@ export class ProxyMetrics {
     for (const [name, [help, of]] of Object.entries(MOUNT_COUNTERS))
       counter(`mount_${name}`, help, of(mount));
     gauge('mount_open_files', 'Files open on the mount.', mount.openFiles);
+    gauge('mount_in_flight', 'Requests that the main thread has not answered yet.', mount.inFlight);
     const direct = { read: mount.directReads, write: mount.directWrites };
     const directBytes = { read: mount.directReadBytes, write: mount.directWriteBytes };
     for (const [name, help, values] of [
@@ -203,8 +208,28 @@ export class ProxyMetrics {
         if (value !== undefined) one.inc({ source: source.name }, value);
       }
     }
-    return (await registry.metrics()) + (await this.#registry.metrics());
+    return (await registry.metrics()) + requestTimes(mount.operations) + (await this.#registry.metrics());
   }
+}
+
+/** The histogram of the mount's requests, which is counted in shared memory and not by prom-client. */
+function requestTimes(operations: readonly OperationFigures[]): string {
+  const name = 'gridvfs_mount_request_duration_seconds';
+  const lines = [
+    `# HELP ${name} Requests to the mount, from the kernel's question to the answer. Passthrough asks nothing.`,
+    `# TYPE ${name} histogram`,
+  ];
+  for (const { operation, answeredBy, seconds, buckets } of operations) {
+    const labels = `operation="${operation}",answered_by="${answeredBy}"`;
+    let count = 0;
+    for (const [index, inBucket] of buckets.entries()) {
+      count += inBucket;
+      const bound = LATENCY_BUCKETS_SECONDS[index] ?? '+Inf';
+      lines.push(`${name}_bucket{${labels},le="${bound}"} ${count}`);
+    }
+    lines.push(`${name}_sum{${labels}} ${seconds}`, `${name}_count{${labels}} ${count}`);
+  }
+  return lines.join('\n') + '\n';
 }
 
 /** Reads are right in all of these states; some are slow, or not stored. */

@@ -1,6 +1,7 @@
 /** One open image with several users: each has a handle of its own to close; the last close is told. */
 import { GridError } from '../core/errors.ts';
 import type { DirectMap, Image } from '../core/image.ts';
+import type { Usage, UsageFigures } from '../core/usage.ts';
 
 export class SharedImage<T extends Image> {
   readonly image: T;
@@ -25,15 +26,24 @@ export class SharedImage<T extends Image> {
   }
 }
 
+/** What was read and written of each image in `open` that counts it, by the names that these have there. */
+export function usagesOf(
+  open: ReadonlyMap<string, SharedImage<Image>>,
+): ({ readonly id: string } & UsageFigures)[] {
+  return [...open].flatMap(([id, { image }]) => (image.usage ? [{ id, ...image.usage.figures() }] : []));
+}
+
 class Handle implements Image {
   readonly #image: Image;
   #release: (() => Promise<void>) | undefined;
   readonly direct?: DirectMap;
+  readonly usage?: Usage;
 
   constructor(image: Image, release: () => Promise<void>) {
     this.#image = image;
     this.#release = release;
     if (image.direct) this.direct = image.direct;
+    if (image.usage) this.usage = image.usage;
   }
 
   get sizeBytes(): number {

@@ -59,6 +59,7 @@ function diskOf(
     sizeBytes: clone.sizeBytes,
     writable: true,
     direct: clone.direct,
+    ...(clone.usage ? { usage: clone.usage } : {}),
     baseDigest: layer.baseDigest,
     read: (target, offsetBytes) => clone.read(target, offsetBytes),
     write: (source, offsetBytes) => clone.write(source, offsetBytes),

@@ -291,6 +291,7 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
       ...record,
       vms: machines.count,
       clones: clones.records().length,
+      openClones: clones.usages(),
       cache: await cache.status(),
       mount: mount.statistics(),
       sources: sourceStatistics(source),

@@ -11,10 +11,11 @@ import { abandonMount, WORKERS_DEFAULT } from '../frontend/fuse/index.ts';
 import { startDaemon } from './daemon.ts';
 import { heldDevices, onHolderGone, prepareSuccessor, standBy, tellHolder } from './held.ts';
 import { hold } from './holder.ts';
-import { bytesText, jsonOption, parseListen, show, table, verb } from './kit.ts';
+import { bytesText, jsonOption, parseCount, parseDuration, parseListen, show, table, verb } from './kit.ts';
 import { stopProxyAt, usableMountpoint } from './mount.ts';
 import { runtimeRoot } from './paths.ts';
 import { absoluteSource, addProxyOptions, proxyArguments, resolveProxy } from './proxy-options.ts';
+import { watch } from './watch.ts';
 import type { ProxyOptions } from './proxy-options.ts';
 import { findProxy, runningProxies, withProxyOption } from './registry.ts';
 
@@ -184,12 +185,39 @@ interface CacheStatus {
   }[];
 }
 
+interface StatusOptions {
+  json?: boolean;
+  proxy?: string;
+  watch?: boolean;
+  interval?: number;
+  count?: number;
+}
+
+/** A status looks at every image and source: more often than this it would be the load that it shows. */
+const WATCH_INTERVAL_MS_MIN = 100;
+
 function statusVerb(): Command {
   return withProxyOption(
-    verb('status', 'Show running proxies, or one in detail.', ['gridvfs proxy status --json']),
+    verb('status', 'Show running proxies, or one in detail.', [
+      'gridvfs proxy status --json',
+      'gridvfs proxy status --watch                  # requests a second, per image and clone',
+      'gridvfs proxy status --watch --interval 10s --json',
+    ]),
   )
     .addOption(jsonOption())
-    .action(async (options: { json?: boolean; proxy?: string }) => {
+    .option('--watch', 'show what the mount does now, again and again; with --json a line each time')
+    .option('--interval <DURATION>', 'how often --watch shows it (default: 1s)', parseDuration)
+    .option('--count <N>', 'how many times --watch shows it (default: until Ctrl-C)', parseCount)
+    .action(async (options: StatusOptions) => {
+      if (!options.watch && (options.interval !== undefined || options.count !== undefined))
+        throw new GridError('bad-request', '--interval and --count go with --watch');
+      if (options.watch) {
+        const { client } = await findProxy(options.proxy);
+        const { json = false, interval: intervalMs = 1000, count } = options;
+        if (intervalMs < WATCH_INTERVAL_MS_MIN)
+          throw new GridError('bad-request', `--interval must be at least ${WATCH_INTERVAL_MS_MIN}ms`);
+        return watch(client, { json, intervalMs, ...(count === undefined ? {} : { count }) });
+      }
       const records = await runningProxies();
       if (options.proxy === undefined && records.length !== 1) {
         if (records.length === 0) throw new GridError('not-found', 'no proxy runs here');

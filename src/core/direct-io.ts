@@ -35,6 +35,7 @@ import {
 } from './image.ts';
 import type { DirectLayer, DirectMap } from './image.ts';
 import { chunkHash } from './chunk-hash.ts';
+import { Usage } from './usage.ts';
 import { GridError } from './errors.ts';
 import { FUSE_REQUEST_BYTES_MAX, LAYER_BLOCK_BYTES } from './limits.ts';
 
@@ -53,6 +54,8 @@ export type PutRange = (offsetBytes: number, lengthBytes: number) => void;
  * need not be: its methods never wait for another. */
 export class DirectFile {
   readonly map: DirectMap;
+  /** Where the caller counts what it answers. */
+  readonly usage: Usage | undefined;
   readonly #unitStates: Uint8Array;
   readonly #touched: Uint8Array;
   /** What UNVERIFIED units are hashed against; undefined where this object leaves that to the main thread. */
@@ -76,6 +79,7 @@ export class DirectFile {
   constructor(map: DirectMap, { verifies = false, obeysHold = true } = {}) {
     this.map = map;
     this.#obeysHold = obeysHold;
+    if (map.usage) this.usage = new Usage(map.usage);
     this.#unitStates = new Uint8Array(map.base.states);
     this.#touched = new Uint8Array(map.base.touched);
     if (verifies && map.base.hashes) this.#hashes = new BigUint64Array(map.base.hashes);

@@ -4,6 +4,8 @@
  * of what is on this host without asking the main thread.
  */
 
+import type { Usage } from './usage.ts';
+
 /** A disk (or other file) of fixed size. Offsets and lengths are bytes, checked against `sizeBytes` here. */
 export interface Image {
   readonly sizeBytes: number;
@@ -19,6 +21,9 @@ export interface Image {
   flush(): Promise<void>;
   /** Releases descriptors; the caller guarantees that nothing is in flight. Idempotent. */
   close(): Promise<void>;
+
+  /** Where a frontend counts the requests that it answers from this image. */
+  readonly usage?: Usage;
 
   /** Present when ranges can be served straight from files of this host. Valid until `close`. */
   readonly direct?: DirectMap;
@@ -113,6 +118,8 @@ export interface FrozenFile {
 
 export interface DirectMap {
   readonly sizeBytes: number;
+  /** Of the image's `Usage`. */
+  readonly usage?: SharedArrayBuffer;
   readonly base: DirectBase;
   readonly layer?: DirectLayer;
 }

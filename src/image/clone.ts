@@ -12,6 +12,7 @@ import { asGridError, GridError } from '../core/errors.ts';
 import { BLOCK_ABSENT, BLOCK_DATA, BLOCK_ZERO, UNIT_ABSENT } from '../core/image.ts';
 import type { DirectBase, DirectMap, Image } from '../core/image.ts';
 import { FUSE_REQUEST_BYTES_MAX, LAYER_BLOCK_BYTES } from '../core/limits.ts';
+import { Usage } from '../core/usage.ts';
 import { fillLayer } from './fill.ts';
 import type { FillOptions } from './fill.ts';
 import type { Layer, LayerStatistics } from './layer.ts';
@@ -52,6 +53,7 @@ class LayeredImage implements Clone {
   readonly sizeBytes: number;
   readonly writable = true;
   readonly direct: DirectMap;
+  readonly usage = new Usage();
   readonly #base: Image;
   readonly layer: Layer;
   readonly #file: DirectFile;
@@ -64,6 +66,7 @@ class LayeredImage implements Clone {
     this.layer = layer;
     this.direct = {
       sizeBytes: layer.sizeBytes,
+      usage: this.usage.counters,
       base: base.direct?.base ?? nothingLocal(base.sizeBytes),
       layer: layer.direct,
     };

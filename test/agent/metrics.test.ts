@@ -3,6 +3,7 @@ import assert from 'node:assert/strict';
 import { test } from 'node:test';
 import { ProxyMetrics, healthOf, listenMetrics } from '../../src/agent/metrics.ts';
 import type { StatusForMetrics } from '../../src/agent/metrics.ts';
+import { LATENCY_BUCKETS_SECONDS } from '../../src/core/usage.ts';
 import { GridError } from '../../src/core/errors.ts';
 import type { ChunkSource } from '../../src/core/source.ts';
 
@@ -39,12 +40,24 @@ const STATUS: StatusForMetrics = {
     failures: 0,
     interrupted: 0,
     openFiles: 1,
+    inFlight: 2,
+    operations: [
+      {
+        operation: 'read',
+        answeredBy: 'worker',
+        seconds: 0.5,
+        buckets: [3, 2, ...Array.from({ length: LATENCY_BUCKETS_SECONDS.length - 2 }, () => 0), 1],
+      },
+    ],
   },
   sources: [
     { name: 'ssh://one/store', down: 'it did not answer', bytesReceived: 300, failovers: 2 },
     { name: 'ssh://two/store', bytesReceived: 50, chunksReceived: 1 },
   ],
 };
+
+const TIMES = 'gridvfs_mount_request_duration_seconds';
+const READS = 'operation="read",answered_by="worker"';
 
 /** `name{labels} value` of each line that is no comment. */
 function samples(text: string): Map<string, number> {
@@ -75,6 +88,12 @@ test('every figure is there once, with base units and the prefix', async () => {
     gridvfs_cache_degraded: 0,
     gridvfs_cache_tags_age_seconds: 1.5,
     'gridvfs_mount_direct_requests_total{operation="read"}': 100,
+    gridvfs_mount_in_flight: 2,
+    [`${TIMES}_bucket{${READS},le="0.00001"}`]: 3,
+    [`${TIMES}_bucket{${READS},le="60"}`]: 5,
+    [`${TIMES}_bucket{${READS},le="+Inf"}`]: 6,
+    [`${TIMES}_count{${READS}}`]: 6,
+    [`${TIMES}_sum{${READS}}`]: 0.5,
     'gridvfs_source_up{source="ssh://one/store"}': 0,
     'gridvfs_source_up{source="ssh://two/store"}': 1,
     'gridvfs_source_received_bytes_total{source="ssh://one/store"}': 300,

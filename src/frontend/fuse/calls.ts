@@ -9,14 +9,19 @@ import { readFile } from 'node:fs/promises';
 import { constants } from 'node:os';
 import { encodeErrorReply, encodeReply, errnoNumberOf, Refusal, writeReplyHeader } from './protocol.ts';
 import type { Request } from './protocol.ts';
+import { millisecondsSince, OperationTimes, stampMicroseconds } from './operation-times.ts';
+import type { OperationFigures } from '../../core/usage.ts';
 
 export class Call {
   readonly request: Request;
   answered = false;
+  /** When its request was read from the device. */
+  readonly stamp: number;
   readonly #reply: (bytes: Buffer) => void;
 
   constructor(request: Request, reply: (bytes: Buffer) => void) {
     this.request = request;
+    this.stamp = request.stamp || stampMicroseconds();
     this.#reply = reply;
   }
 
@@ -58,12 +63,21 @@ export class CallTable {
   readonly #all = new Set<Call>();
   readonly #early = new Set<bigint>();
   readonly #watched = new Set<Call>();
+  readonly #times = new OperationTimes();
   #timer: NodeJS.Timeout | undefined;
   #interrupted = 0;
 
-  /** Calls given up because their thread was killed. */
-  get interrupted(): number {
-    return this.#interrupted;
+  /** How long calls took includes their wait for the main thread. */
+  statistics(): {
+    readonly interrupted: number;
+    readonly inFlight: number;
+    readonly operations: readonly OperationFigures[];
+  } {
+    return {
+      interrupted: this.#interrupted,
+      inFlight: this.#all.size,
+      operations: this.#times.figures(),
+    };
   }
 
   add(call: Call, interruptible: boolean): void {
@@ -77,6 +91,7 @@ export class CallTable {
 
   remove(call: Call): void {
     this.#all.delete(call);
+    this.#times.count(call.request.opcode, millisecondsSince(call.stamp));
     this.#interruptible.delete(call.request.unique);
     this.#watched.delete(call);
   }

@@ -32,11 +32,13 @@ import {
   MS_RDONLY,
 } from '../../core/linux.ts';
 import { QuietPoints } from '../../core/quiet.ts';
+import type { OperationFigures } from '../../core/usage.ts';
 import { BackingFiles } from './backing.ts';
 import { DeviceWorkers } from './device.ts';
 import { mountByHelper, takeDown, takeDownNow } from './fusermount.ts';
 import { checkMountpoint, findMount, findMountSync, MOUNT_TYPE } from './mountinfo.ts';
 import { Ledger } from './ledger.ts';
+import { operationFigures } from './operation-times.ts';
 import { encodeInitReply, encodeResend, REQUEST_BUFFER_BYTES } from './protocol.ts';
 import { Session } from './session.ts';
 import { detachMount, released } from './unmount.ts';
@@ -47,6 +49,8 @@ import {
   COUNT_WRITE_BYTES,
   COUNT_WRITES,
   send,
+  TIMES_READ,
+  TIMES_WRITE,
 } from './worker.ts';
 
 /** More than two on two cores: a worker that waits for the disk is not there for the others. */
@@ -107,6 +111,10 @@ export interface MountStatistics {
   readonly failures: number;
   /** Requests given up because whoever waited was killed. */
   readonly interrupted: number;
+  /** Forwarded requests not answered yet. */
+  readonly inFlight: number;
+  /** How long requests took. */
+  readonly operations: readonly OperationFigures[];
   /** Opens of images that the kernel reads by itself: their reads are in no count. */
   readonly passthroughOpens: number;
   readonly openFiles: number;
@@ -375,13 +383,19 @@ class Mount implements FuseMount {
   }
 
   statistics(): MountStatistics {
+    const session = this.#session.statistics();
     return {
       directReads: this.#workers.sum(COUNT_READS),
       directReadBytes: this.#workers.sum(COUNT_READ_BYTES),
       directWrites: this.#workers.sum(COUNT_WRITES),
       directWriteBytes: this.#workers.sum(COUNT_WRITE_BYTES),
       forwarded: this.#workers.sum(COUNT_FORWARDED),
-      ...this.#session.statistics(),
+      ...session,
+      operations: [
+        operationFigures('read', 'worker', (index) => this.#workers.sum(TIMES_READ + index)),
+        operationFigures('write', 'worker', (index) => this.#workers.sum(TIMES_WRITE + index)),
+        ...session.operations,
+      ],
     };
   }
 }

@@ -14,6 +14,7 @@ import { DirectFile } from '../../core/direct-io.ts';
 import { asGridError, GridError } from '../../core/errors.ts';
 import type { Image, ImageTree, TreeEntry } from '../../core/image.ts';
 import { isRoot, MNT_DETACH, MNT_FORCE } from '../../core/linux.ts';
+import { OperationTimes } from './operation-times.ts';
 import type { FuseMount, MountEnd, MountOptions, MountStatistics, UnmountOptions } from './mount.ts';
 import { takeDownNow } from './fusermount.ts';
 import { detachMount, released } from './unmount.ts';
@@ -55,6 +56,18 @@ export function loadFuseNative(): NativeModule {
   return loaded;
 }
 
+/** Under which name the time of an operation is counted; the rest is 'other'. */
+const COUNTED_AS: Readonly<Record<string, string>> = {
+  getattr: 'getattr',
+  fgetattr: 'getattr',
+  readdir: 'readdir',
+  statfs: 'statfs',
+  open: 'open',
+  read: 'read',
+  write: 'write',
+  fsync: 'fsync',
+};
+
 /** An image behind all opens of one path. */
 interface OpenFile {
   readonly entry: Extract<TreeEntry, { type: 'file' }>;
@@ -73,7 +86,8 @@ class Operations {
   readonly #open = new Map<string, { opened: Promise<OpenFile>; closed?: Promise<void> }>();
   readonly #files = new Map<number, { path: string; file: OpenFile }>();
   #nextHandle = 1;
-  readonly counts = { reads: 0, readBytes: 0, writes: 0, failures: 0 };
+  readonly counts = { reads: 0, readBytes: 0, writes: 0, failures: 0, inFlight: 0 };
+  readonly times = new OperationTimes();
 
   constructor(tree: ImageTree, owner: Owner, readOnly: boolean, log: (message: string) => void) {
     this.#tree = tree;
@@ -90,7 +104,7 @@ class Operations {
     const refuse = (errno: 'EROFS' | 'EPERM') => (tell: Done) => tell(-constants.errno[errno]);
     const readOnly = (...args: unknown[]) => refuse('EROFS')(args.at(-1) as Done);
     const names = ['mknod', 'create', 'unlink', 'rename', 'link', 'symlink', 'mkdir', 'rmdir'];
-    return {
+    const operations: Record<string, (...args: never[]) => void> = {
       ...Object.fromEntries([...names, 'setxattr', 'removexattr'].map((name) => [name, readOnly])),
       getattr: this.#answering(async (path: string) => this.#attributes(path, await this.#entry(path))),
       fgetattr: this.#answering(async (path: string, handle: number) => {
@@ -116,6 +130,25 @@ class Operations {
       chmod: this.#answering((path: string) => this.#refuseChange(path)),
       chown: this.#answering((path: string) => this.#refuseChange(path)),
       utimens: this.#answering((path: string) => this.#refuseChange(path)),
+    };
+    return Object.fromEntries(
+      Object.entries(operations).map(([name, operation]) => [name, this.#timed(name, operation)]),
+    );
+  }
+
+  /** The operation, with the time until it is answered counted. */
+  #timed(name: string, operation: (...args: never[]) => void) {
+    const counted = COUNTED_AS[name] ?? 'other';
+    return (...args: unknown[]) => {
+      const tell = args.at(-1) as Done;
+      const startedMs = performance.now();
+      this.counts.inFlight++;
+      args[args.length - 1] = (...results: Parameters<Done>) => {
+        this.counts.inFlight--;
+        this.times.countNamed(counted, performance.now() - startedMs);
+        tell(...results);
+      };
+      operation(...(args as never[]));
     };
   }
 
@@ -246,6 +279,7 @@ class Operations {
       const target = buffer.subarray(0, lengthBytes);
       this.counts.reads++;
       this.counts.readBytes += lengthBytes;
+      image.usage?.countRead(lengthBytes);
       if (lengthBytes === 0 || readDirectly(file, target, offset)) {
         tell(lengthBytes);
         return;
@@ -266,6 +300,7 @@ class Operations {
       if (lengthBytes <= 0 && wanted > 0) throw new Refusal('EFBIG');
       const source = buffer.subarray(0, lengthBytes);
       this.counts.writes++;
+      image.usage?.countWrite(lengthBytes);
       if (file?.map.layer && file.write(source, offset)) {
         tell(lengthBytes);
         return;
@@ -413,7 +448,7 @@ class NativeMount implements FuseMount {
   }
 
   statistics(): MountStatistics {
-    const { reads, readBytes, writes, failures } = this.#operations.counts;
+    const { reads, readBytes, writes, failures, inFlight } = this.#operations.counts;
     return {
       directReads: 0,
       directReadBytes: 0,
@@ -425,6 +460,8 @@ class NativeMount implements FuseMount {
       indirectWrites: writes,
       failures,
       interrupted: 0,
+      inFlight,
+      operations: this.#operations.times.figures(),
       passthroughOpens: 0,
       openFiles: this.#operations.openFiles,
       nodes: 0,

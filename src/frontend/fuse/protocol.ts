@@ -14,6 +14,8 @@ import type { TreeEntry } from '../../core/image.ts';
 
 /* Request header: u32 len, u32 opcode, u64 unique, u64 nodeid, u32 uid, u32 gid, u32 pid, u32 padding. */
 export const IN_HEADER_BYTES = 40;
+/** In the request's padding, which is 0 as long as INIT agreed on no extensions of requests. */
+export const STAMP_AT = 36;
 /* Reply header: u32 len, i32 -errno, u64 unique. */
 export const OUT_HEADER_BYTES = 16;
 /* WRITE's body before its data: u64 fh, u64 offset, u32 size, u32 flags, u64 owner, u32 open flags, u32 0. */
@@ -294,6 +296,8 @@ export class Request {
   readonly unique: bigint;
   /** Thread that asked; 0 when it is in a PID namespace that we cannot see. */
   readonly pid: number;
+  /** When it was read from the device (operation-times.ts); 0 when nobody wrote that down. */
+  readonly stamp: number;
 
   /** `bytes` holds at least a header. */
   constructor(bytes: Buffer) {
@@ -301,6 +305,7 @@ export class Request {
     this.opcode = bytes.readUInt32LE(4);
     this.unique = bytes.readBigUInt64LE(8);
     this.pid = bytes.readUInt32LE(32);
+    this.stamp = bytes.readUInt32LE(STAMP_AT);
   }
 
   get nodeId(): number {

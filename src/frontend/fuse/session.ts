@@ -337,6 +337,7 @@ export class Session {
     if (lengthBytes > 0) await this.#images.use(shared, (image) => image.read(target, offsetBytes));
     this.#reads++;
     this.#readBytes += lengthBytes;
+    shared.image.usage?.countRead(lengthBytes);
     call.answerWhole(reply);
   }
 
@@ -354,6 +355,7 @@ export class Session {
       await this.#images.use(shared, (image) => image.write(data.subarray(0, inside), offsetBytes));
     }
     this.#writes++;
+    shared.image.usage?.countWrite(inside);
     const out = Buffer.alloc(8);
     out.writeUInt32LE(inside, 0);
     call.answer(out);
@@ -453,7 +455,7 @@ export class Session {
       indirectReadBytes: this.#readBytes,
       indirectWrites: this.#writes,
       failures: this.#failures,
-      interrupted: this.#calls.interrupted,
+      ...this.#calls.statistics(),
       passthroughOpens: this.#passthroughOpens,
       openFiles: this.#handles.size,
       nodes: this.#nodes.size,

@@ -14,12 +14,15 @@ import { errnoOf, invariant } from '../../core/errors.ts';
 import type { DirectMap } from '../../core/image.ts';
 import { FUSE_REQUEST_BYTES_MAX } from '../../core/limits.ts';
 import { QuietThread } from '../../core/quiet.ts';
+import { countLatency, HISTOGRAM_DOUBLES } from '../../core/usage.ts';
+import { stampMicroseconds } from './operation-times.ts';
 import {
   errnoNumberOf,
   IN_HEADER_BYTES,
   OUT_HEADER_BYTES,
   READ,
   REQUEST_BUFFER_BYTES,
+  STAMP_AT,
   WRITE,
   WRITE_BODY_BYTES,
 } from './protocol.ts';
@@ -53,7 +56,10 @@ export const COUNT_READ_BYTES = 1;
 export const COUNT_WRITES = 2;
 export const COUNT_WRITE_BYTES = 3;
 export const COUNT_FORWARDED = 4;
-export const COUNTERS = 5;
+/** Histograms of the times of direct reads and writes. */
+export const TIMES_READ = 5;
+export const TIMES_WRITE = TIMES_READ + HISTOGRAM_DOUBLES;
+export const COUNTERS = TIMES_WRITE + HISTOGRAM_DOUBLES;
 
 const PAGE = 4096;
 const WRITE_DATA_AT = IN_HEADER_BYTES + WRITE_BODY_BYTES;
@@ -74,6 +80,8 @@ class Server {
   /** Views by length in pages, made at first use: requests of whole pages allocate nothing. */
   readonly #targets: Buffer[] = [];
   readonly #sources: Buffer[] = [];
+  /** When the request under way was read, by `performance.now()`. */
+  #startedMs = 0;
 
   constructor(
     fd: number,
@@ -94,6 +102,7 @@ class Server {
     for (;;) {
       const length = this.#next();
       if (length === 0) return;
+      this.#startedMs = performance.now();
       const opcode = this.#inputWords[1]!;
       if (opcode === READ) {
         if (this.#read()) continue;
@@ -149,7 +158,9 @@ class Server {
     }
     this.#counters[COUNT_READS]!++;
     this.#counters[COUNT_READ_BYTES]! += lengthBytes;
+    file.usage?.countRead(lengthBytes);
     this.#reply(0, OUT_HEADER_BYTES + lengthBytes);
+    countLatency(this.#counters, TIMES_READ, performance.now() - this.#startedMs);
     return true;
   }
 
@@ -175,7 +186,9 @@ class Server {
     this.#counters[COUNT_WRITE_BYTES]! += lengthBytes;
     this.#outputWords[4] = lengthBytes;
     this.#outputWords[5] = 0;
+    file.usage?.countWrite(lengthBytes);
     this.#reply(0, OUT_HEADER_BYTES + 8);
+    countLatency(this.#counters, TIMES_WRITE, performance.now() - this.#startedMs);
     return true;
   }
 
@@ -211,6 +224,7 @@ class Server {
     this.#counters[COUNT_FORWARDED]!++;
     const copy = new Uint8Array(length);
     copy.set(this.#input.subarray(0, length));
+    new DataView(copy.buffer).setUint32(STAMP_AT, stampMicroseconds(), true);
     this.#post(copy, [copy.buffer]);
   }
 
