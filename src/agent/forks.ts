@@ -2,7 +2,9 @@
  * VMs that go on from a checkpoint in the store, each as a machine of its own: a disk clone each over the checkpoint's
  * disk, and its one memory image, which all of them have mapped privately and so share as long as they do not write.
  */
+import { closeSync, openSync } from 'node:fs';
 import { open, rm } from 'node:fs/promises';
+import net from 'node:net';
 import path from 'node:path';
 import { GridError } from '../core/errors.ts';
 import type { Machine, MachineDescription, Vmm } from '../core/machine.ts';
@@ -88,6 +90,7 @@ export class Forks {
             );
           }
           await machine.proceed();
+          tellIdentity(machine, description);
         },
       });
     } catch (error) {
@@ -96,6 +99,23 @@ export class Forks {
       throw error;
     }
   }
+}
+
+/**
+ * Tells a fork's guest who it is, in one line of JSON on its second serial port (ttyS1), where a program of the guest may
+ * wait for it: { "event": "fork", "name", "instanceId", "macAddress" }. Nobody has to: the line stays in the port's
+ * buffer. That its vmgenid changed the guest's kernel knows by itself.
+ */
+function tellIdentity(machine: Machine, { name, macAddress, generationId }: MachineDescription): void {
+  const line = JSON.stringify({ event: 'fork', name, instanceId: `${name}-${generationId}`, macAddress });
+  const folder = openSync(path.dirname(machine.identitySocket), 'r');
+  // A socket's path may be longer than an address holds: see its folder's descriptor.
+  const socket = net.connect(`/proc/self/fd/${folder}/${path.basename(machine.identitySocket)}`);
+  socket.unref();
+  socket.once('connect', () => socket.end(line + '\n'));
+  // The machine may be gone again, and has no name to be told then.
+  socket.on('error', () => socket.destroy());
+  socket.once('close', () => closeSync(folder));
 }
 
 /** A machine as the checkpoint has it, paused; `description` may say that it is another one now. */

@@ -82,6 +82,12 @@ suite('suspended VMs and checkpoints', () => {
   test('forks of a published checkpoint answer with its nonce, are machines of their own, and fork again', async () => {
     const vm = await world.json<Vm>('vm', 'run', 'small:1', '--name', 'origin');
     const nonce = await setNonce(vm);
+    // What a guest does that wants to know who it is: waits for the line on its second port.
+    await ask(
+      vm.consoleSocket,
+      '(read -r L < /dev/ttyS1; echo "$L" > /run/identity) & echo waits-$((6*7))',
+      /waits-42/,
+    );
     await world.json('vm', 'checkpoint', 'origin', '--to', 'warm:1');
     const [origin] = (await world.json<Vm[]>('vm', 'ls')).filter(({ id }) => id === 'origin');
     assert.equal(await nonceOf(origin!), nonce);
@@ -93,6 +99,14 @@ suite('suspended VMs and checkpoints', () => {
       ['fork-1', 'fork-2', 'fork-3'],
     );
     for (const fork of forks) assert.equal(await nonceOf(fork), nonce);
+    const identities = new Set<string>();
+    for (const fork of forks) {
+      const line = await ask(fork.consoleSocket, 'cat /run/identity', /\{"event":"fork",.*\}/);
+      const identity = JSON.parse(line) as { name: string; instanceId: string; macAddress: string };
+      assert.equal(identity.name, fork.id);
+      identities.add(identity.instanceId).add(identity.macAddress);
+    }
+    assert.equal(identities.size, 2 * forks.length);
     // Each has a disk of its own.
     for (const fork of forks)
       await ask(fork.consoleSocket, `echo ${fork.id} > /root/me; sync; echo done-$((6*7))`, /done-42/);
