@@ -1,13 +1,13 @@
 /** VMs over clones on the mount, through the real command, the ssh tunnel, the kernel and QEMU. */
 import assert from 'node:assert/strict';
 import { existsSync, readFileSync } from 'node:fs';
-import net from 'node:net';
 import path from 'node:path';
 import { after, before, suite, test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { buildGuest, guestCacheFolder } from '../../bench/guest/build.ts';
 import type { BuiltGuest } from '../../bench/guest/build.ts';
 import { isRunning } from '../../src/core/linux.ts';
+import { ask } from './console.ts';
 import { World } from './world.ts';
 import type { ProxyHandle, ServerHandle } from './world.ts';
 
@@ -124,29 +124,6 @@ suite('VMs over clones', () => {
     assert.deepEqual(world.mountsLeft(), []);
   });
 });
-
-/** Says a line on a serial console and waits for the answer. */
-function ask(socketPath: string, line: string, answer: RegExp): Promise<string> {
-  return new Promise((resolve, reject) => {
-    const socket = net.connect(socketPath);
-    let text = '';
-    const timer = setTimeout(
-      () => socket.destroy(new Error(`no answer to '${line}', only: ${text}`)),
-      20_000,
-    );
-    socket.on('connect', () => socket.write(`${line}\n`));
-    socket.on('data', (part) => {
-      text += part.toString('utf8');
-      const match = answer.exec(text);
-      if (match) {
-        socket.end();
-        resolve(match[0]);
-      }
-    });
-    socket.on('error', reject);
-    socket.on('close', () => clearTimeout(timer));
-  });
-}
 
 async function eventually(condition: () => Promise<boolean>): Promise<void> {
   for (const endMs = performance.now() + 15_000; !(await condition()); await sleep(50)) {
