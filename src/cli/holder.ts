@@ -173,9 +173,10 @@ class Holder {
     this.#serving = undefined;
     if (member.over) this.#result.resolve(member.over);
     else if (!this.#wasReady) {
-      this.#result.reject(
-        member.failure ?? new GridError('bug', `the proxy ended before it was ready (${how})`),
-      );
+      const early = this.#stopping
+        ? new GridError('closed', 'interrupted before it was mounted; nothing is left')
+        : new GridError('bug', `the proxy ended before it was ready (${how})`);
+      this.#result.reject(member.failure ?? early);
     } else this.#succeed(member, how);
   }
 

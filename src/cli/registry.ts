@@ -5,6 +5,7 @@
 import { existsSync } from 'node:fs';
 import { readdir, readFile } from 'node:fs/promises';
 import path from 'node:path';
+import { setTimeout as sleep } from 'node:timers/promises';
 import type { Command } from 'commander';
 import { ControlClient } from '../agent/client.ts';
 import { GridError } from '../core/errors.ts';
@@ -43,7 +44,11 @@ export function livingProcesses(others: readonly number[]): ProcessId[] {
 
 /** Whether any process of a proxy runs. */
 export function isAlive({ processes }: ProxyRecord): boolean {
-  return processes.some(({ pid, start }) => isRunning(pid) && startOf(pid) === start);
+  return processes.some(isSame);
+}
+
+function isSame({ pid, start }: ProcessId): boolean {
+  return isRunning(pid) && startOf(pid) === start;
 }
 
 export function controlSocketOf(runtime: string): string {
@@ -71,6 +76,22 @@ export async function proxyRecords(): Promise<ProxyRecord[]> {
   return records.toSorted((a, b) => (a.mountpoint < b.mountpoint ? -1 : 1));
 }
 
+/** How long a command waits for a proxy that has just died to have its successor. */
+const SUCCESSOR_TIMEOUT_MS = 20_000;
+
+/** Running proxies, none of them between one process and the next where that ends soon: a record names a process
+ * only after its control socket answers. */
+async function servingProxies(): Promise<ProxyRecord[]> {
+  const endMs = performance.now() + SUCCESSOR_TIMEOUT_MS;
+  for (;;) {
+    const records = await runningProxies();
+    const isServing = ({ pid, processes }: ProxyRecord) =>
+      processes.some((one) => one.pid === pid && isSame(one));
+    if (records.every(isServing) || performance.now() > endMs) return records;
+    await sleep(20);
+  }
+}
+
 export function withProxyOption(command: Command): Command {
   return command.option('-p, --proxy <NAME|MOUNTPOINT>', 'which proxy, when more than one runs');
 }
@@ -79,7 +100,7 @@ export function withProxyOption(command: Command): Command {
 export async function findProxy(
   which: string | undefined,
 ): Promise<{ record: ProxyRecord; client: ControlClient }> {
-  const records = await runningProxies();
+  const records = await servingProxies();
   const matching =
     which === undefined
       ? records
