@@ -14,6 +14,9 @@ import type { ProxyHandle } from './world.ts';
 
 const LOAD = path.join(import.meta.dirname, 'load.ts');
 
+/** No machine is so slow. */
+const STUCK_MS = 180_000;
+
 /** A program of load.ts that works on the mount. */
 class Load {
   readonly #child;
@@ -33,7 +36,9 @@ class Load {
 
   /** Resolves when it has done something from now on; what it is waiting in now does not count. */
   async goesOn(): Promise<void> {
+    const endMs = performance.now() + STUCK_MS;
     for (const aimed = this.#dots + 3; this.#dots < aimed; await sleep(5)) {
+      assert.ok(performance.now() < endMs, 'it waits for ever');
       assert.equal(this.#ended, false, `it ended: ${this.#said}`);
     }
   }
