@@ -4,13 +4,14 @@
  */
 import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
-import { openSync, closeSync, readdirSync, readFileSync, writeSync } from 'node:fs';
+import { openSync, closeSync, readdirSync, readFileSync, rmSync, writeSync } from 'node:fs';
 import net from 'node:net';
 import path from 'node:path';
 import { after, before, suite, test } from 'node:test';
 import { buildGuest, guestCacheFolder } from '../../bench/guest/build.ts';
 import { isRunning } from '../../src/core/linux.ts';
 import { World } from './world.ts';
+import type { ServerHandle } from './world.ts';
 
 interface Vm {
   id: string;
@@ -26,6 +27,7 @@ interface Suspended {
 
 suite('suspended VMs and checkpoints', () => {
   const world = new World();
+  let server: ServerHandle;
 
   before(async () => {
     const guest = await buildGuest({ guest: 'small', folder: path.join(guestCacheFolder(), 'small') });
@@ -35,7 +37,8 @@ suite('suspended VMs and checkpoints', () => {
       ...['--initrd', guest.initrd, '--label', `boot.cmdline=${guest.commandLine}`],
       ...['--label', `boot.ready=${guest.readyText}`, '--label', 'machine.memory-mib=128'],
     );
-    await world.mount(world.store);
+    server = await world.server('--accept-uploads');
+    await world.mount(server.url, server);
   });
   after(() => world.dispose());
 
@@ -60,7 +63,7 @@ suite('suspended VMs and checkpoints', () => {
     await world.refuses(1, /there is a VM 'one'/, 'vm', 'run', 'small:1', '--name', 'one');
 
     await world.json('umount', world.mountpoint);
-    await world.mount(world.store);
+    await world.mount(server.url, server);
     const [resumed] = await world.json<Vm[]>('vm', 'resume', 'one');
     assert.equal(resumed!.state, 'running');
     assert.equal(await nonceOf(resumed!), nonce);
@@ -118,6 +121,10 @@ suite('suspended VMs and checkpoints', () => {
     const newer = await setNonce(second!);
     await world.json('vm', 'checkpoint', 'fork-1', '--to', 'warm:2');
     await world.json('vm', 'stop', 'fork-1', 'fork-2', 'fork-3', '--now');
+    // As on another host: nothing of it is in the cache, and of the memory only what is touched comes.
+    await world.json('umount', world.mountpoint);
+    rmSync(path.join(world.folder, 'cache'), { recursive: true });
+    await world.mount(server.url, server);
     const child = await world.json<Vm>('vm', 'run', '--from-checkpoint', 'warm:2', '--name', 'child');
     assert.equal(await nonceOf(child), newer);
     await ask(child.consoleSocket, 'echo "me $(cat /root/me)"', /me fork-1/);
