@@ -5,6 +5,7 @@
  */
 import { statSync, readFileSync } from 'node:fs';
 import net from 'node:net';
+import path from 'node:path';
 import { asGridError, GridError } from '../src/core/errors.ts';
 import { keyTypeOf, matchesPatterns } from './known-hosts.ts';
 
@@ -139,6 +140,21 @@ function inNetwork(cidr: string, address: string): boolean {
   const kind = family === 4 ? 'ipv4' : 'ipv6';
   block.addSubnet(prefix!, length, kind);
   return block.check(address, kind);
+}
+
+/** Refuses at the start of a server what would let nobody in: a private key, or a file without any public one. */
+export function checkAuthorizedKeys(file: string): void {
+  if (readAuthorizedKeys(file).length > 0) return;
+  if (/-----BEGIN [A-Z ]*PRIVATE KEY-----/.test(readFileSync(file, 'utf8'))) {
+    throw new GridError(
+      'bad-request',
+      `${file} is a private key, which belongs to the proxy's host: name the file with the public one (${path.basename(file)}.pub)`,
+    );
+  }
+  throw new GridError(
+    'bad-request',
+    `${file} has no public key that may be used, so it would let nobody in: add the line of a .pub file`,
+  );
 }
 
 /**

@@ -10,6 +10,7 @@ import type { SourceEvent } from './statistics.ts';
 import { parseSshUrl, sshTransport } from './ssh-transport.ts';
 import type { SshOptions } from './ssh-transport.ts';
 
+export { checkAuthorizedKeys } from './authorized-keys.ts';
 export { FailoverSource } from './failover.ts';
 export type { FailoverStatistics, Member, MemberStatistics } from './failover.ts';
 export { RemoteSource } from './remote-source.ts';

@@ -9,6 +9,7 @@ import path from 'node:path';
 import { promisify } from 'node:util';
 import { makeSshKey } from '../../proxy/ssh-key.ts';
 import { bytesText } from '../../src/cli/kit.ts';
+import { asGridError, errnoOf } from '../../src/core/errors.ts';
 import { MIB } from '../../src/core/limits.ts';
 import { buildGuest, guestCacheFolder } from '../guest/build.ts';
 import type { BuiltGuest, GuestName } from '../guest/build.ts';
@@ -148,9 +149,9 @@ export function abortOnSignals(): AbortSignal {
 
 /** The end of a bench that failed: one line, and exit code 2 for a mistake in the options. */
 export function failed(verb: string, error: unknown): void {
-  say(`gridvfs ${verb}: ${error instanceof Error ? error.message : String(error)}`);
+  const usage = error instanceof RangeError || errnoOf(error)?.startsWith('ERR_PARSE_ARGS') === true;
+  const { message, code } = asGridError(error, verb, usage ? 'bad-request' : 'local-io');
+  say(`gridvfs: ${message} [${code}]`);
   if (process.env['GRIDVFS_DEBUG']) console.error(error);
-  const usage =
-    error instanceof RangeError || String((error as { code?: string }).code).startsWith('ERR_PARSE_ARGS');
   process.exitCode = usage ? 2 : 1;
 }

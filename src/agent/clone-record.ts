@@ -74,9 +74,13 @@ export async function writeRecord(folder: string, record: CloneRecord): Promise<
 
 /** Throws bad-format, newer-format and what the disk says. */
 export async function readRecord(folder: string): Promise<CloneRecord> {
-  const record = JSON.parse(await readFile(path.join(folder, RECORD_FILE), 'utf8')) as Partial<CloneRecord>;
+  const text = await readFile(path.join(folder, RECORD_FILE), 'utf8');
+  const record = parseObject(text) as Partial<CloneRecord>;
   if (record.schema !== 2)
-    throw new GridError('newer-format', `its clone.json has schema ${String(record.schema)}, this is 2`);
+    throw new GridError(
+      'newer-format',
+      `its clone.json has schema ${JSON.stringify(record.schema)}, this is 2`,
+    );
   const { id, kind, base, layers, detached, sizeBytes, quotaBytes } = record;
   const good =
     id === path.basename(folder) &&
@@ -103,6 +107,14 @@ function isPushed({ reference, lineage, generation, manifest, table, pending }: 
     generation >= 0 &&
     [manifest, table, pending].every((digest) => digest === undefined || isDigest(digest))
   );
+}
+
+function parseObject(text: string): object {
+  try {
+    return Object(JSON.parse(text)) as object;
+  } catch (cause) {
+    throw new GridError('bad-format', 'its clone.json is not JSON', { cause });
+  }
 }
 
 function isSize(value: unknown): value is number {

@@ -7,6 +7,7 @@ import { existsSync } from 'node:fs';
 import path from 'node:path';
 import type { Command } from 'commander';
 import { GridError } from '../core/errors.ts';
+import { isRoot } from '../core/linux.ts';
 import { verb } from './kit.ts';
 
 const LINK_HELP = `  --lan <rtt,rate>          the LAN link (default: 0.2ms,1gbit)
@@ -82,17 +83,22 @@ async function runBench(
 ): Promise<void> {
   const program = path.resolve(import.meta.dirname, '..', '..', 'bench', file);
   if (!existsSync(program)) throw new GridError('unsupported', `${program} is not part of this installation`);
-  const ignore = () => {};
-  process.on('SIGINT', ignore);
+  // What the program ends with after a signal is the signal, however it cleaned up.
+  let stopped: number | undefined;
+  process.on('SIGINT', () => (stopped = 130));
   const child = spawn(process.execPath, [program, ...args], {
     stdio: 'inherit',
     env: { ...process.env, GRIDVFS_BENCH_AS: as },
   });
-  process.on('SIGTERM', () => child.kill('SIGTERM'));
+  process.on('SIGTERM', () => {
+    stopped = 143;
+    child.kill('SIGTERM');
+  });
   const { promise, resolve, reject } = Promise.withResolvers<number>();
   child.on('error', reject);
   child.on('exit', (code, signal) => resolve(code ?? (signal === 'SIGINT' ? 130 : 143)));
-  process.exitCode = await promise;
+  const code = await promise;
+  process.exitCode = code === 0 ? 0 : (stopped ?? code);
 }
 
 function passThrough(command: Command, help: string, run: (args: string[]) => Promise<void>): Command {
@@ -102,13 +108,22 @@ function passThrough(command: Command, help: string, run: (args: string[]) => Pr
     .allowUnknownOption()
     .passThroughOptions()
     .addHelpText('after', help)
-    .action(run);
+    .action((args: string[]) => {
+      if (args.some((argument) => argument === '--help' || argument === '-h')) return command.help();
+      return run(args);
+    });
 }
 
 export function demoVerb(): Command {
   const summary = 'Boot a real guest from an image that was never copied: local, LAN and WAN, cold and warm.';
   const command = verb('demo', summary, ['gridvfs demo', 'gridvfs demo --guest debian --json rows.json']);
-  return passThrough(command, INSTANTIATE_HELP, (args) => runBench('instantiate.ts', args, 'demo'));
+  return passThrough(command, INSTANTIATE_HELP, (args) => {
+    if (isRoot()) return runBench('instantiate.ts', args, 'demo');
+    throw new GridError(
+      'unsupported',
+      'the demo drops the page cache between starts, which needs root: use sudo, or `npm run demo`',
+    );
+  });
 }
 
 export function benchVerbs(): Command {

@@ -2,16 +2,24 @@
  * What every verb shares: output for people and machines, progress, failures and exit codes. Exit codes: 0 ok,
  * 1 failed, 2 usage (also every `bad-request`).
  */
-import { Command, CommanderError, InvalidArgumentError, Option } from 'commander';
+import { Command, CommanderError, Help, InvalidArgumentError, Option } from 'commander';
 import cliProgress from 'cli-progress';
 import { asGridError, errnoOf } from '../core/errors.ts';
 import { GIB, KIB, MIB } from '../core/limits.ts';
 
 /** A group or verb with the settings all share; `examples` end its --help. */
 export function verb(name: string, summary: string, examples: readonly string[] = []): Command {
+  const help = new Help();
   const command = new Command(name).description(summary).exitOverride().showHelpAfterError(false);
   command.configureOutput({
     outputError: (text, write) => write(`${oneLine(text.replace(/^error: /, 'gridvfs: '))} [bad-request]\n`),
+  });
+  command.configureHelp({
+    optionDescription(option) {
+      const text = textOfDefault(option);
+      if (text !== undefined) option.defaultValueDescription ??= text;
+      return help.optionDescription(option);
+    },
   });
   if (examples.length > 0) {
     command.addHelpText(
@@ -21,6 +29,26 @@ export function verb(name: string, summary: string, examples: readonly string[] 
   }
   return command;
 }
+
+/** The default of a size or duration as people write it; undefined for others, which print as they are. */
+function textOfDefault({ defaultValue, parseArg }: Option): string | undefined {
+  if (typeof defaultValue !== 'number') return undefined;
+  const units = parseArg === parseBytes ? SIZE_UNITS : parseArg === parseDuration ? TIME_UNITS : [];
+  const unit = units.find(([, size]) => defaultValue >= size && defaultValue % size === 0);
+  return unit && `${defaultValue / unit[1]} ${unit[0]}`;
+}
+
+const SIZE_UNITS: [string, number][] = [
+  ['GiB', GIB],
+  ['MiB', MIB],
+  ['KiB', KIB],
+];
+const TIME_UNITS: [string, number][] = [
+  ['h', 3_600_000],
+  ['min', 60_000],
+  ['s', 1000],
+  ['ms', 1],
+];
 
 export function jsonOption(): Option {
   return new Option('--json', 'print JSON for programs');

@@ -198,7 +198,7 @@ const WATCH_INTERVAL_MS_MIN = 100;
 
 function statusVerb(): Command {
   return withProxyOption(
-    verb('status', 'Show running proxies, or one in detail.', [
+    verb('status', 'Show one proxy in detail (--proxy, or the only one), else a list of all that run.', [
       'gridvfs proxy status --json',
       'gridvfs proxy status --watch                  # requests a second, per image and clone',
       'gridvfs proxy status --watch --interval 10s --json',
@@ -281,6 +281,12 @@ function upgradeVerb(): Command {
     });
 }
 
+interface StopOptions {
+  force?: boolean;
+  proxy?: string;
+  json?: boolean;
+}
+
 export function proxyVerbs(): Command {
   const group = verb('proxy', "Run this host's proxy in the foreground, show or stop running ones.");
   group.addCommand(runVerb());
@@ -291,10 +297,11 @@ export function proxyVerbs(): Command {
     withProxyOption(verb('stop', 'Unmount and end a proxy.', ['gridvfs proxy stop mnt-grid']))
       .argument('[name]')
       .option('--force', 'stop VMs, and detach even while files are open')
-      .action(async (name: string | undefined, options: { force?: boolean; proxy?: string }) => {
+      .addOption(jsonOption())
+      .action(async (name: string | undefined, options: StopOptions) => {
         const { record } = await findProxy(name ?? options.proxy);
         await stopProxyAt(record.mountpoint, options.force ?? false);
-        process.stdout.write(`${record.mountpoint} is unmounted\n`);
+        show(options, { unmounted: record.mountpoint }, () => `${record.mountpoint} is unmounted`);
       }),
   );
   return group;

@@ -2,7 +2,7 @@
 import path from 'node:path';
 import { isIP } from 'node:net';
 import type { Command } from 'commander';
-import { createServer, createSshEndpoint, serveStdio } from '../../proxy/index.ts';
+import { checkAuthorizedKeys, createServer, createSshEndpoint, serveStdio } from '../../proxy/index.ts';
 import { GridError } from '../core/errors.ts';
 import { openStore } from '../store/index.ts';
 import { applyConfig } from './config.ts';
@@ -59,6 +59,8 @@ async function serve(folder: string, options: Options): Promise<void> {
       `--listen ${options.listen.host} is not a loopback address, and plain http lets everybody in; use --ssh for other hosts`,
     );
   }
+  const authorizedKeys = options.authorizedKeys ?? path.join(path.dirname(configPath()), 'authorized_keys');
+  if (options.ssh) checkAuthorizedKeys(authorizedKeys);
   const store = await openStore(folder);
   // Loaded where somebody can scrape it: a stdio server starts once for each channel and should start fast.
   const metrics = options.stdio
@@ -80,7 +82,7 @@ async function serve(folder: string, options: Options): Promise<void> {
     const endpoint = await createSshEndpoint({
       server,
       hostKeyPath: options.hostKey ?? path.join(stateRoot(), 'ssh_host_ed25519_key'),
-      authorizedKeysPath: options.authorizedKeys ?? path.join(path.dirname(configPath()), 'authorized_keys'),
+      authorizedKeysPath: authorizedKeys,
       listen: options.ssh,
       paths: [folder],
     });

@@ -1,4 +1,5 @@
 /** gridvfs store init|import|export|ls|show|tag|rm|pin|unpin|verify|gc. The store is always named by its folder. */
+import path from 'node:path';
 import type { Command } from 'commander';
 import { Option } from 'commander';
 import { isDigest } from '../core/bytes.ts';
@@ -334,9 +335,10 @@ export function storeVerbs(): Command {
   group.addCommand(
     verb('init', 'Make an empty store.', ['gridvfs store init /srv/store'])
       .argument('<store>', 'folder')
-      .action(async (folder: string) => {
+      .addOption(jsonOption())
+      .action(async (folder: string, options: Json) => {
         await initStore(folder);
-        process.stdout.write(`${folder} is a store\n`);
+        show(options, { store: path.resolve(folder) }, () => `${folder} is a store`);
       }),
   );
   group.addCommand(importVerb());

@@ -32,6 +32,10 @@ export const ERROR_CODES = {
     help: 'A mount point, cache folder, clone or VM is held by somebody; the message says by whom.',
   },
   'read-only': { blame: 'caller', help: 'A write to an image. Write to a clone of it instead.' },
+  'no-permission': {
+    blame: 'caller',
+    help: 'A file or folder is not open to this user. Change its permissions, or run as its owner.',
+  },
   'no-space': {
     blame: 'local',
     help: 'The disk or a quota is full. Free space; nothing was lost and no restart is needed.',
@@ -121,6 +125,10 @@ const BY_ERRNO: Partial<Record<string, ErrorCode>> = {
   EEXIST: 'exists',
   EBUSY: 'in-use',
   EROFS: 'read-only',
+  EACCES: 'no-permission',
+  EPERM: 'no-permission',
+  EISDIR: 'bad-request',
+  ENAMETOOLONG: 'bad-request',
   ENOSPC: 'no-space',
   EDQUOT: 'no-space',
   ECONNREFUSED: 'unreachable',

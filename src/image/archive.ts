@@ -391,7 +391,10 @@ function parseInfo(bytes: Buffer, file: string): ArchiveInfo {
   const raw = parseJson(bytes, file);
   if (raw['format'] !== 'gridvfs-clone') throw damaged(file, 'its clone.json is of something else');
   if (raw['schema'] !== 1) {
-    throw new GridError('newer-format', `${file} has schema ${String(raw['schema'])}, this gridvfs reads 1`);
+    throw new GridError(
+      'newer-format',
+      `${file} has schema ${JSON.stringify(raw['schema'])?.slice(0, 40)}, this gridvfs reads 1`,
+    );
   }
   const { id, image, base, standalone, sizeBytes, runs, dataBlocks, machine, created } = raw;
   const count = (value: unknown, max: number): value is number =>

@@ -29,7 +29,7 @@ const PROGRAM = 'fusermount3';
 const environment = () => ({ ...process.env, LC_ALL: 'C' });
 
 /** Mounts at `place` with mount(8)'s `options`; returns the session's descriptor (close-on-exec). Throws unsupported
- * (no fusermount3) and denied, with what fusermount3 said; then nothing is mounted. */
+ * (no fusermount3) and no-permission, with what fusermount3 said; then nothing is mounted. */
 export async function mountByHelper(place: string, options: readonly string[]): Promise<number> {
   const [ours, theirs] = socketPair();
   try {
@@ -51,7 +51,7 @@ export async function mountByHelper(place: string, options: readonly string[]): 
     const fd = receiveDescriptor(ours);
     if (code === 0 && fd !== undefined) return fd;
     if (fd !== undefined) closeSync(fd);
-    throw new GridError('denied', `cannot mount at ${place}: ${reasonOf(said, code)}`);
+    throw new GridError('no-permission', `cannot mount at ${place}: ${reasonOf(said, code)}`);
   } finally {
     closeSync(ours);
   }
@@ -108,7 +108,7 @@ function abortConnection(entry: MountEntry | undefined): void {
 
 function unmountFailure(place: string, said: string, code: number | null): Error {
   if (/busy/i.test(said)) return new SystemError('umount2', constants.errno.EBUSY);
-  return new GridError('denied', `cannot unmount ${place}: ${reasonOf(said, code)}`);
+  return new GridError('no-permission', `cannot unmount ${place}: ${reasonOf(said, code)}`);
 }
 
 function reasonOf(said: string, code: number | null): string {

@@ -149,7 +149,7 @@ export interface FuseMount {
 
 /**
  * The kernel driver: mounts `tree` at `mountpoint`, an empty folder. Throws unsupported (no /dev/fuse, old kernel, a user without
- * fusermount3), denied,
+ * fusermount3), no-permission,
  * not-found, bad-request, in-use; then nothing is mounted and nothing runs.
  */
 export async function mountKernel(

@@ -252,6 +252,7 @@ const ERRNO_OF_CODE = {
   exists: constants.errno.EEXIST,
   'in-use': constants.errno.EBUSY,
   'read-only': constants.errno.EROFS,
+  'no-permission': constants.errno.EACCES,
   'no-space': constants.errno.ENOSPC,
   'local-io': constants.errno.EIO,
   unsupported: constants.errno.EOPNOTSUPP,
