@@ -68,8 +68,19 @@ test('-o takes what mount(8) and fstab write, and leaves alone what is not for a
     'rw,noauto,nofail,_netdev,x-systemd.automount,relatime,nosuid,user=joe',
     'ro,allow_other,uid=1000,gid=100,quota=1G,cache_dir=/c,identity=/a,identity=/b,no-passthrough',
   ]);
-  assert.deepEqual(proxyArguments(command, '/store', '/mnt'), [
-    ...['proxy', 'run', '/store', '/mnt', '--cache-dir', '/c', '--quota', String(1024 ** 3)],
+  assert.deepEqual(proxyArguments(command, '/store', '/mnt', 'grid'), [
+    ...[
+      'proxy',
+      'run',
+      '/store',
+      '/mnt',
+      '--name',
+      'grid',
+      '--cache-dir',
+      '/c',
+      '--quota',
+      String(1024 ** 3),
+    ],
     ...['--no-passthrough', '--read-only', '--allow-other', '--uid', '1000', '--gid', '100'],
     ...['--identity', '/a', '--identity', '/b'],
   ]);

@@ -170,7 +170,7 @@ export class DeviceWorkers {
 }
 
 /** A device that the last daemon made a clone of already answers EINVAL. */
-function cloneDevice(fd: number, sessionFd: number, mayBeDone: boolean): void {
+export function cloneDevice(fd: number, sessionFd: number, mayBeDone = false): void {
   try {
     ioctl(fd, FUSE_DEV_IOC_CLONE, new Uint8Array(Uint32Array.of(sessionFd).buffer));
   } catch (error) {

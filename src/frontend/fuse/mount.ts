@@ -34,7 +34,7 @@ import {
 import { QuietPoints } from '../../core/quiet.ts';
 import type { OperationFigures } from '../../core/usage.ts';
 import { BackingFiles } from './backing.ts';
-import { DeviceWorkers } from './device.ts';
+import { cloneDevice, DeviceWorkers } from './device.ts';
 import { mountByHelper, takeDown, takeDownNow } from './fusermount.ts';
 import { checkMountpoint, findMount, findMountSync, MOUNT_TYPE } from './mountinfo.ts';
 import { Ledger } from './ledger.ts';
@@ -238,7 +238,19 @@ async function attach(place: string, options: MountOptions): Promise<number> {
   if (!isRoot()) {
     const fsName = options.fsName.replaceAll(/[\\,]/g, String.raw`\$&`);
     const names = [`fsname=${fsName}`, `subtype=${MOUNT_TYPE.replace('fuse.', '')}`];
-    return mountByHelper(place, [...names, ...data, ...(options.readOnly ? ['ro'] : [])]);
+    const fd = await mountByHelper(place, [...names, ...data, ...(options.readOnly ? ['ro'] : [])]);
+    const kept = options.held?.devices[0];
+    if (kept === undefined) return fd;
+    // The holder has its own devices: the first becomes one more way to the session, and then the only one.
+    try {
+      cloneDevice(kept, fd);
+      return kept;
+    } catch (error) {
+      await takeDown(place, MNT_FORCE | MNT_DETACH);
+      throw asGridError(error, `cannot mount at ${place}`);
+    } finally {
+      closeSync(fd);
+    }
   }
   const sessionFd = options.held?.devices[0] ?? openDevice();
   const owner = [`user_id=${process.getuid!()}`, `group_id=${process.getgid!()}`];
