@@ -37,6 +37,7 @@ const HTTP_STATUS = {
   exists: 409,
   'in-use': 409,
   'read-only': 403,
+  'no-permission': 403,
   'no-space': 507,
   'local-io': 500,
   unsupported: 501,

@@ -1,12 +1,11 @@
 /** gridvfs proxy run|status|upgrade|stop: the daemon in the foreground (for systemd), and a look at running ones. */
 import { spawn } from 'node:child_process';
-import { closeSync, existsSync, writeSync } from 'node:fs';
+import { accessSync, constants, closeSync, writeSync } from 'node:fs';
 import path from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { Option } from 'commander';
 import type { Command } from 'commander';
 import { asGridError, GridError } from '../core/errors.ts';
-import { isRoot } from '../core/linux.ts';
 import { abandonMount, WORKERS_DEFAULT } from '../frontend/fuse/index.ts';
 import { startDaemon } from './daemon.ts';
 import { heldDevices, onHolderGone, prepareSuccessor, standBy, tellHolder } from './held.ts';
@@ -21,6 +20,16 @@ import { findProxy, runningProxies, withProxyOption } from './registry.ts';
 
 function log(line: string): void {
   process.stderr.write(`${new Date().toISOString()} ${line}\n`);
+}
+
+/** Where it is closed to this user, mounting fails with a better sentence than opening. */
+function canOpenDevice(): boolean {
+  try {
+    accessSync('/dev/fuse', constants.R_OK | constants.W_OK);
+    return true;
+  } catch {
+    return false;
+  }
 }
 
 function runVerb(): Command {
@@ -51,7 +60,7 @@ function runVerb(): Command {
         const { paths, options } = resolveProxy(command, 'mount', source, mountpoint, given);
         const place = await usableMountpoint(mountpoint, paths.name);
         const [, , ...args] = proxyArguments(command, source, place, paths.name);
-        const canBeHeld = isRoot() && options.driver !== 'fuse-native' && existsSync('/dev/fuse');
+        const canBeHeld = options.driver !== 'fuse-native' && canOpenDevice();
         const how = await hold({
           args,
           mountpoint: place,
