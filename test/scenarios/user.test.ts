@@ -34,7 +34,14 @@ suite('mounts of a user who is not root', () => {
     space.program(
       ...['setpriv', '--reuid', String(UID), '--regid', String(UID), '--clear-groups'],
       ...['env', '-C', home, '-u', 'GRIDVFS_RUNTIME_DIR', '-u', 'XDG_CACHE_HOME', '-u', 'XDG_STATE_HOME'],
-      ...['-u', 'XDG_CONFIG_HOME', `HOME=${home}`, `XDG_RUNTIME_DIR=${home}/run`, ...command],
+      ...[
+        '-u',
+        'XDG_CONFIG_HOME',
+        `HOME=${home}`,
+        `XDG_RUNTIME_DIR=${home}/run`,
+        `NODE_COMPILE_CACHE=${home}/compiled`,
+        ...command,
+      ],
     );
   const run = (...args: string[]) => asUser(...space.gridvfs(...args));
   const json = async <T>(...args: string[]): Promise<T> => {
@@ -84,10 +91,32 @@ suite('mounts of a user who is not root', () => {
     assert.equal((await asUser('cmp', '-n', '196608', '-i', '0:327680', raw, disk)).code, 0);
     const other = await space.program('ls', mountpoint);
     assert.notEqual(other.code, 0, 'the mount is for its user alone');
-    await json('umount', mountpoint);
     assert.ok(
       existsSync(path.join(home, '.cache/gridvfs')) && existsSync(path.join(home, '.local/state/gridvfs')),
     );
+  });
+
+  test('programs on the mount outlive its proxy, and what was written is there', async () => {
+    const { pid } = await json<Status>('proxy', 'status');
+    const disk = path.join(mountpoint, 'clones', 'work', 'disk.raw');
+    process.kill(pid, 'SIGKILL');
+    while (isRunning(pid)) await sleep(5);
+    await succeeds('cmp', '-n', '196608', '-i', '0:327680', raw, disk);
+    await succeeds('cmp', raw, mounted);
+  });
+
+  test('a mount in use is not unmounted unless forced; then its users are cut off', async () => {
+    const holder = spawn('sh', ['-c', 'exec "$@"', 'sh', ...commandOf(holdCommand())], {
+      stdio: ['pipe', 'pipe', 'inherit'],
+    });
+    await new Promise((resolve) => holder.stdout.once('data', resolve));
+    const busy = await run('umount', mountpoint);
+    assert.equal(busy.code, 1);
+    assert.match(busy.stderr, /in use by .*\[in-use\]/);
+    await json('umount', mountpoint, '--force');
+    const ended = new Promise<number | null>((resolve) => holder.once('exit', resolve));
+    holder.stdin.end('\n');
+    assert.notEqual(await ended, 0, 'whoever had a file open gets an error now');
   });
 
   test('a mount over ssh with a key of his own reads the same', async () => {
@@ -102,32 +131,6 @@ suite('mounts of a user who is not root', () => {
     await succeeds('cmp', raw, mounted);
     await json('umount', mountpoint);
     await server.stop();
-  });
-
-  test('programs on the mount outlive its proxy, and what was written is there', async () => {
-    await json('mount', store, mountpoint);
-    const { pid } = await json<Status>('proxy', 'status');
-    const disk = path.join(mountpoint, 'clones', 'work', 'disk.raw');
-    process.kill(pid, 'SIGKILL');
-    while (isRunning(pid)) await sleep(5);
-    await succeeds('cmp', '-n', '196608', '-i', '0:327680', raw, disk);
-    await succeeds('cmp', raw, mounted);
-    await json('umount', mountpoint);
-  });
-
-  test('a mount in use is not unmounted unless forced; then its users are cut off', async () => {
-    await json('mount', store, mountpoint);
-    const holder = spawn('sh', ['-c', 'exec "$@"', 'sh', ...commandOf(holdCommand())], {
-      stdio: ['pipe', 'pipe', 'inherit'],
-    });
-    await new Promise((resolve) => holder.stdout.once('data', resolve));
-    const busy = await run('umount', mountpoint);
-    assert.equal(busy.code, 1);
-    assert.match(busy.stderr, /in use by .*\[in-use\]/);
-    await json('umount', mountpoint, '--force');
-    const ended = new Promise<number | null>((resolve) => holder.once('exit', resolve));
-    holder.stdin.end('\n');
-    assert.notEqual(await ended, 0, 'whoever had a file open gets an error now');
   });
 
   /** Opens the image, says so, and reads from it after a line of input. */
