@@ -295,8 +295,13 @@ export class Machines {
     }
     const image = request.image!;
     const { digest, manifest, folder } = await this.#catalog.resolve(image);
-    if (manifest.kind !== 'disk')
-      throw new GridError('bad-request', `${image} is of kind '${manifest.kind}'; a VM boots from a disk`);
+    if (manifest.kind !== 'disk') {
+      const wayOn = manifest.kind === 'memory' ? `; \`--from-checkpoint ${image}\` resumes it` : '';
+      throw new GridError(
+        'bad-request',
+        `${image} is of kind '${manifest.kind}'; a VM boots from a disk${wayOn}`,
+      );
+    }
     const record = await this.#clones.create({
       image,
       base: digest,

@@ -7,7 +7,7 @@ import type { Machine, MachineStatus } from '../core/machine.ts';
 import { isName } from '../core/manifest.ts';
 
 export interface RunRequest {
-  /** name:version to make a non-persistent clone of: of kind disk, or a checkpoint, which is resumed; or … */
+  /** name:version to make a non-persistent clone of; or … */
   readonly image?: string;
   /** … a clone that is there already; it stays when the VM goes if it is persistent or full. */
   readonly clone?: string;
