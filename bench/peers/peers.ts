@@ -183,7 +183,7 @@ const zstd: Peer = {
 export const PEERS: readonly Peer[] = [sshfs, rclone, nbdkit, scp, zstd];
 
 /** Debian packages of programs that this host lacks. */
-export async function missingPackages(peers: readonly Peer[]): Promise<string[]> {
+export async function missingPackages(peers: readonly Pick<Peer, 'programs'>[]): Promise<string[]> {
   const missing = new Set<string>();
   const needed = {
     ...Object.assign({}, ...peers.map((peer) => peer.programs)),

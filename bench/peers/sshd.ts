@@ -19,8 +19,8 @@ export interface Sshd {
   stop(): Promise<void>;
 }
 
-/** `folder` is made and holds all of it. Throws local-io with sshd's last words. */
-export async function startSshd(folder: string): Promise<Sshd> {
+/** `folder` is made and holds all of it; `listen` is the address it is reached at. Throws local-io with sshd's last words. */
+export async function startSshd(folder: string, listen = '127.0.0.1'): Promise<Sshd> {
   await mkdir(folder, { mode: 0o700 });
   const hostKey = path.join(folder, 'host_key');
   const identity = path.join(folder, 'id_ed25519');
@@ -33,7 +33,7 @@ export async function startSshd(folder: string): Promise<Sshd> {
   const config = path.join(folder, 'sshd_config');
   const lines = [
     `Port ${port}`,
-    'ListenAddress 127.0.0.1',
+    `ListenAddress ${listen}`,
     `HostKey ${hostKey}`,
     `AuthorizedKeysFile ${authorized}`,
     'PidFile none',

@@ -48,6 +48,43 @@ Options:
   --no-peers                leave out scp and rsync (\`whole\` takes four minutes with them)
   --json <file>             also write the rows to this file`;
 
+const PEERS_HELP = `
+Options:
+  --guest small|debian      which guest starts (default: small)
+  --runs <count>            rounds of everything, interleaved (default: 1)
+  --peers <names>           sshfs, rclone, nbdkit, scp, zstd|ssh, qemu nbd, qemu ssh, with commas; all; none
+                            (default: all)
+  --links lan,wan           over which links (default: lan,wan)
+${LINK_HELP} (default: packets)
+  --install                 install the peers' Debian packages that are missing
+  --json <file>             also write the record to this file`;
+
+const SCALE_HELP = `
+Options:
+  --guest small|debian      which guest starts (default: small)
+  --clones <counts>         clones at once on one host, or none (default: 1,2,4,8)
+  --hosts <counts>          hosts at once behind one origin and one link, or none (default: 1,2,4)
+  --wan <rtt,rate>          that link (default: 30ms,100mbit)
+  --link packets|relay      as for instantiate; relay has one host (default: packets)
+  --check                   fail when a promise is broken
+  --json <file>             also write the record to this file`;
+
+const ALL_HELP = `
+Options:
+  --out <folder>            where the records and report.html go (default: bench-results)
+  --guest small|debian      which guest starts (default: small)
+  --quick                   fewer runs of each
+  --only <names>            instantiate, peers, scale, io, with commas (default: all four)`;
+
+const REPORT_HELP = `
+Options:
+  --html <file>             the page (default: report.html)
+  --pictures <folder>       also write each picture as an SVG file`;
+
+const COMPARE_HELP = `
+Options:
+  --json <file>             also write the rows to this file`;
+
 const BENCHES: Record<string, { file: string; summary: string; examples: string[]; help: string }> = {
   instantiate: {
     file: 'instantiate.ts',
@@ -66,6 +103,39 @@ const BENCHES: Record<string, { file: string; summary: string; examples: string[
       'gridvfs bench io --guest small --peers sshfs,nbdkit',
     ],
     help: IO_HELP,
+  },
+  peers: {
+    file: 'peers.ts',
+    summary: 'The same starts through sshfs, rclone, nbdkit, QEMU, scp and gridvfs, on the same links.',
+    examples: ['gridvfs bench peers --links wan --json peers.json', 'gridvfs bench peers --peers sshfs,scp'],
+    help: PEERS_HELP,
+  },
+  scale: {
+    file: 'scale.ts',
+    summary: 'Many clones at once on one host, many hosts behind one origin, and what more would see.',
+    examples: [
+      'gridvfs bench scale --json scale.json',
+      'gridvfs bench scale --clones 1,8 --hosts none --check',
+    ],
+    help: SCALE_HELP,
+  },
+  all: {
+    file: 'all.ts',
+    summary: 'All of them one after the other, and the report.',
+    examples: ['gridvfs bench all --out results', 'gridvfs bench all --quick --only instantiate,scale'],
+    help: ALL_HELP,
+  },
+  report: {
+    file: 'report.ts',
+    summary: 'Records as one HTML page with pictures.',
+    examples: ['gridvfs bench report rows.json peers.json --html report.html --pictures pictures'],
+    help: REPORT_HELP,
+  },
+  compare: {
+    file: 'compare.ts',
+    summary: 'Two records row by row; a verdict only where the difference exceeds the spread.',
+    examples: ['gridvfs bench compare old.json new.json'],
+    help: COMPARE_HELP,
   },
   pull: {
     file: 'pull.ts',
