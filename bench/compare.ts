@@ -24,7 +24,7 @@ export interface Compared {
 const RUNS_MIN = 3;
 
 const nameOf = (row: Row) =>
-  [row.case, row['link'], row.subject, row['state']].filter((part) => part !== undefined).join(' ');
+  [row.case, row['link'], row.subject, row['state']].filter((part) => typeof part === 'string').join(' ');
 
 interface Measure {
   readonly by: string;

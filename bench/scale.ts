@@ -9,7 +9,7 @@
 import { rm } from 'node:fs/promises';
 import path from 'node:path';
 import { parseArgs } from 'node:util';
-import type { VmStatus } from '../src/agent/machines.ts';
+import type { VmStatus } from '../src/agent/vm-record.ts';
 import { bytesText, table } from '../src/cli/kit.ts';
 import { isRoot } from '../src/core/linux.ts';
 import { createQemu } from '../src/vmm/index.ts';

@@ -239,7 +239,7 @@ function heatMap(record: BenchRecord): Drawn[] {
   const heat = record['heat'] as Heat | undefined;
   if (heat === undefined) return [];
   const columns = heat.chunks.length > 1024 ? 128 : 32;
-  const values = [...heat.chunks].map((letter, index) => ({
+  const values = Array.from(heat.chunks, (letter, index) => ({
     x: index % columns,
     y: Math.floor(index / columns),
     what: HEAT[letter],
