@@ -125,7 +125,9 @@ export class BulkWindow {
   #onTrain(train: Train, nowMs: number): void {
     const elapsedMs = nowMs - (train.startMs ?? nowMs);
     if (train.startMs !== undefined && elapsedMs < TRAIN_MS) return;
-    if (elapsedMs > 0) this.#keep((this.#bytes - train.startBytes) / elapsedMs);
+    const rate = (this.#bytes - train.startBytes) / elapsedMs;
+    // Many trains at once must not push out what was known.
+    if (elapsedMs > 0 && rate > (this.#best ?? 0)) this.#keep(rate);
     train.startMs = nowMs;
     train.startBytes = this.#bytes;
   }

@@ -80,6 +80,23 @@ test('a time in which little was asked for makes no smaller window', () => {
   assert.ok(link.window.bytes >= before * 0.95, `${link.window.bytes} of ${before}`);
 });
 
+test('one answer of some chunks says what the link carries, and many slow ones do not make it forget', () => {
+  const window = new BulkWindow();
+  let nowMs = 1000;
+  const answer = (bytesPerMs: number) => {
+    const train = { startBytes: 0 };
+    for (let nth = 0; nth < 12; nth++)
+      window.onChunk(CHUNK.storedBytes, CHUNK.plainBytes, (nowMs += CHUNK.storedBytes / bytesPerMs), train);
+    nowMs += 1000;
+  };
+  assert.equal(window.bytesPerSecond, undefined);
+  answer(6250);
+  const rate = window.bytesPerSecond!;
+  assert.ok(rate > 6.0e6 && rate < 6.5e6, `${rate}`);
+  for (let nth = 0; nth < 20; nth++) answer(1000);
+  assert.ok(window.bytesPerSecond! >= rate, `${window.bytesPerSecond}`);
+});
+
 test('a link that became slower gets a smaller window', () => {
   const fast = new Link(30, 100e6);
   fast.run(2000);
