@@ -34,7 +34,7 @@ suite('the command', () => {
   test('sizes and durations in --help are as people write them', async () => {
     const { stdout } = await world.run('store', 'import', '--help');
     assert.match(stdout, /default: 256 KiB/);
-    assert.match((await world.run('vm', 'run', '--help')).stdout, /default:\s+5 min/);
+    assert.match((await world.run('vm', 'run', '--help')).stdout, /default:\s+5\s+min/);
   });
 
   test('a server refuses a private key and an empty file as the list of who may come', async () => {
