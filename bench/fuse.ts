@@ -5,8 +5,14 @@
  * has the file beneath in the page cache. File and passthrough are then read as they are (they share those pages);
  * for served and fuse-native the mount's own pages are dropped first, so that each read is a request. No block is
  * read twice in a round, or the kernel's pages would answer.
+ * There are two of fuse-native: `fuse-native` is our own driver over that package, whose reads are synchronous;
+ * `plain fuse-native` is what the package's README shows, which is what a user of it has (bench/lib/plain-fuse-native.ts).
  * Clone (4 KiB direct reads and writes, 1 MiB writes): ours, and qemu-storage-daemon's FUSE export of a qcow2 overlay
- * over the same file. `ratio` is to the file for passthrough and to the peer (fuse-native, qemu) for the others.
+ * over the same file. `first` writes go to a fresh clone and a fresh overlay each round, so both allocate; the others
+ * to one that has data everywhere. `ratios` are to the file for passthrough and to the peers for the others.
+ *
+ * Before each run as much memory as the run can use is touched and freed: on a virtual host the first use of a page
+ * that the host took back costs more than any of what is measured here.
  */
 import { execFile, spawn, spawnSync } from 'node:child_process';
 import { once } from 'node:events';
@@ -43,10 +49,16 @@ const CLONE_WORKLOADS: readonly Workload[] = [
   { name: 'random 4 KiB write, direct', rw: 'randwrite', blockBytes: 4 * KIB, jobs: 1, direct: true },
   { name: 'random 4 KiB read, direct', rw: 'randread', blockBytes: 4 * KIB, jobs: 4, direct: true },
 ];
+const FRESH_WORKLOADS: readonly Workload[] = [
+  { name: 'sequential 1 MiB write, first', rw: 'write', blockBytes: MIB, jobs: 1, direct: true },
+];
 
 interface Subject {
-  readonly name: 'file' | 'passthrough' | 'served' | 'fuse-native' | 'clone' | 'qemu-storage-daemon';
+  readonly name:
+    'file' | 'passthrough' | 'served' | 'fuse-native' | 'plain fuse-native' | 'clone' | 'qemu-storage-daemon';
   readonly file: string;
+  /** A file of each round's own that nothing was written to; `file` is not used then. */
+  readonly freshFile?: (round: number) => string;
   /** Drop the pages of the mount, and of nothing else, before each round. */
   readonly dropsPages: boolean;
   readonly workloads: readonly Workload[];
@@ -70,11 +82,13 @@ const count = (name: 'runs' | 'seconds' | 'size-mib') => {
 const settings = { runs: count('runs'), seconds: count('seconds'), sizeBytes: count('size-mib') * MIB };
 
 /** One run of fio: MiB/s for large blocks, operations a second for small ones. */
-async function fio(subject: Subject, workload: Workload, folder: string): Promise<number> {
+async function fio(subject: Subject, workload: Workload, folder: string, round: number): Promise<number> {
+  const file = subject.freshFile?.(round) ?? subject.file;
+  await run(process.execPath, ['-e', `Buffer.alloc(${settings.sizeBytes}, 1)`]);
   const share = Math.floor(settings.sizeBytes / workload.jobs / MIB) * MIB;
   const args = [
     ...['--name=bench', '--ioengine=psync', '--output-format=json', '--thread', '--group_reporting'],
-    ...[`--filename=${subject.file}`, `--rw=${workload.rw}`, `--bs=${workload.blockBytes}`],
+    ...[`--filename=${file}`, `--rw=${workload.rw}`, `--bs=${workload.blockBytes}`],
     ...[`--numjobs=${workload.jobs}`, `--size=${share}`, `--offset_increment=${share}`],
     ...[`--runtime=${settings.seconds}`, `--direct=${workload.direct ? 1 : 0}`],
     ...[`--invalidate=${subject.dropsPages ? 1 : 0}`, '--fallocate=none', '--randrepeat=0'],
@@ -115,7 +129,7 @@ async function subjects(stack: AsyncDisposableStack, folder: string): Promise<Su
     await mkdir(mountpoint);
     const workers = values.workers === undefined ? {} : { workers: Number(values.workers) };
     const service = await startService('bench/lib/fuse-mount.ts', [
-      ...[mountpoint, raw, `${mountpoint}.layer`],
+      ...[mountpoint, raw, `${mountpoint}.layer`, String(settings.runs)],
       JSON.stringify({ ...workers, ...options }),
     ]);
     stack.defer(() => service.stop());
@@ -127,7 +141,16 @@ async function subjects(stack: AsyncDisposableStack, folder: string): Promise<Su
     say(`fuse-native is left out: ${String(error)}`);
     return undefined;
   });
-  const qemu = await exportOverlay(stack, folder, raw);
+  const plain = path.join(folder, 'plain');
+  if (native !== undefined) {
+    await mkdir(plain);
+    const service = await startService('bench/lib/plain-fuse-native.ts', [plain, raw]);
+    stack.defer(() => service.stop());
+  }
+  const qemu = await exportOverlay(stack, folder, raw, 'overlay');
+  const freshQemu: string[] = [];
+  for (let round = 1; round <= settings.runs; round++)
+    freshQemu.push(await exportOverlay(stack, folder, raw, `fresh-${round}`));
   const clone = path.join(served, 'clone');
   say('filling the clones');
   await fill(clone);
@@ -139,15 +162,39 @@ async function subjects(stack: AsyncDisposableStack, folder: string): Promise<Su
     { name: 'served', file: path.join(served, 'image'), dropsPages: true, ...image },
     ...(native === undefined
       ? []
-      : [{ name: 'fuse-native' as const, file: path.join(native, 'image'), dropsPages: true, ...image }]),
+      : (['fuse-native', 'plain fuse-native'] as const).map((name) => ({
+          name,
+          file: path.join(name === 'fuse-native' ? native : plain, 'image'),
+          dropsPages: true,
+          ...image,
+        }))),
     { name: 'clone', file: clone, dropsPages: true, workloads: CLONE_WORKLOADS },
     { name: 'qemu-storage-daemon', file: qemu, dropsPages: true, workloads: CLONE_WORKLOADS },
+    {
+      name: 'clone',
+      file: '',
+      freshFile: (round) => path.join(served, `fresh-${round}`),
+      dropsPages: true,
+      workloads: FRESH_WORKLOADS,
+    },
+    {
+      name: 'qemu-storage-daemon',
+      file: '',
+      freshFile: (round) => freshQemu[round - 1]!,
+      dropsPages: true,
+      workloads: FRESH_WORKLOADS,
+    },
   ];
 }
 
-async function exportOverlay(stack: AsyncDisposableStack, folder: string, raw: string): Promise<string> {
-  const overlay = path.join(folder, 'overlay.qcow2');
-  const file = path.join(folder, 'export.raw');
+async function exportOverlay(
+  stack: AsyncDisposableStack,
+  folder: string,
+  raw: string,
+  name: string,
+): Promise<string> {
+  const overlay = path.join(folder, `${name}.qcow2`);
+  const file = path.join(folder, `${name}.raw`);
   await run('qemu-img', ['create', '-q', '-f', 'qcow2', '-b', raw, '-F', 'raw', overlay]);
   writeFileSync(file, '');
   const daemon = spawn(
@@ -179,22 +226,24 @@ interface Row {
   readonly value: number;
   readonly unit: 'MiB/s' | 'IOPS';
   readonly values: readonly number[];
-  readonly ratio?: number;
-  readonly ratioTo?: Subject['name'];
+  /** By subject. */
+  readonly ratios?: Readonly<Partial<Record<Subject['name'], number>>>;
 }
 
 function rowsOf(all: readonly Subject[], measured: Map<string, number[]>): Row[] {
   const key = (subject: string, { name, jobs }: Workload) => `${subject}/${name}/${jobs}`;
-  const peers: Partial<Record<Subject['name'], Subject['name']>> = {
-    passthrough: 'file',
-    served: 'fuse-native',
-    clone: 'qemu-storage-daemon',
+  const peers: Partial<Record<Subject['name'], readonly Subject['name'][]>> = {
+    passthrough: ['file'],
+    served: ['fuse-native', 'plain fuse-native'],
+    clone: ['qemu-storage-daemon'],
   };
   return all.flatMap((subject) =>
     subject.workloads.map((workload): Row => {
       const found = measured.get(key(subject.name, workload))!;
-      const peer = peers[subject.name];
-      const against = peer === undefined ? undefined : measured.get(key(peer, workload));
+      const ratios = (peers[subject.name] ?? []).flatMap((peer) => {
+        const against = measured.get(key(peer, workload));
+        return against ? [[peer, median(found) / median(against)]] : [];
+      });
       return {
         case: 'fuse',
         subject: subject.name,
@@ -203,7 +252,7 @@ function rowsOf(all: readonly Subject[], measured: Map<string, number[]>): Row[]
         value: median(found),
         unit: workload.blockBytes >= MIB ? 'MiB/s' : 'IOPS',
         values: found,
-        ...(against ? { ratio: median(found) / median(against), ratioTo: peer! } : {}),
+        ...(ratios.length === 0 ? {} : { ratios: Object.fromEntries(ratios) as Row['ratios'] & {} }),
       };
     }),
   );
@@ -221,20 +270,22 @@ async function main(): Promise<void> {
   const measured = new Map<string, number[]>();
   for (let round = 1; round <= settings.runs; round++) {
     say(`round ${round} of ${settings.runs}`);
-    for (const workload of [...IMAGE_WORKLOADS, ...CLONE_WORKLOADS]) {
+    for (const workload of [...IMAGE_WORKLOADS, ...CLONE_WORKLOADS, ...FRESH_WORKLOADS]) {
       for (const subject of all.filter(({ workloads }) => workloads.includes(workload))) {
         const key = `${subject.name}/${workload.name}/${workload.jobs}`;
-        measured.set(key, [...(measured.get(key) ?? []), await fio(subject, workload, folder)]);
+        measured.set(key, [...(measured.get(key) ?? []), await fio(subject, workload, folder, round)]);
       }
     }
   }
   const rows = rowsOf(all, measured);
   process.stdout.write(
     table(
-      ['SUBJECT', 'WORKLOAD', 'JOBS', 'MEDIAN', 'UNIT', 'RATIO', 'TO'],
+      ['SUBJECT', 'WORKLOAD', 'JOBS', 'MEDIAN', 'UNIT', 'RATIO TO'],
       rows.map((row) => [
         ...[row.subject, row.workload, row.jobs, Math.round(row.value), row.unit],
-        ...[row.ratio === undefined ? '' : row.ratio.toFixed(2), row.ratioTo ?? ''],
+        Object.entries(row.ratios ?? {})
+          .map(([peer, ratio]) => `${ratio.toFixed(2)} ${peer}`)
+          .join(', '),
       ]),
     ) + '\n',
   );

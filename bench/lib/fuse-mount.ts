@@ -1,7 +1,7 @@
 /**
  * What bench/fuse.ts measures: a mount over one raw file, as the cache keeps an image (plain bytes in place), with a
- * clone over it made by the real layer. Run as a program: arguments are mount point, raw file, a folder for the layer
- * and JSON options of the mount. Prints one JSON line when it is mounted; SIGTERM unmounts.
+ * clone over it made by the real layer, and further clones `fresh-<n>` with layers of their own. Run as a program:
+ * arguments are mount point, raw file, a folder for the layer, the number of fresh clones and JSON options of the mount. Prints one JSON line when it is mounted; SIGTERM unmounts.
  */
 import { fstatSync, openSync, readSync, statSync } from 'node:fs';
 import { GridError } from '../../src/core/errors.ts';
@@ -44,11 +44,12 @@ function rawImage(file: string): Image {
 
 class BenchTree implements ImageTree {
   readonly #file: string;
-  readonly #layer: string;
+  /** Of each clone. */
+  readonly #layers: ReadonlyMap<string, string>;
 
-  constructor(file: string, layer: string) {
+  constructor(file: string, layers: ReadonlyMap<string, string>) {
     this.#file = file;
-    this.#layer = layer;
+    this.#layers = layers;
   }
 
   async lookup(path: TreePath): Promise<TreeEntry | undefined> {
@@ -59,12 +60,12 @@ class BenchTree implements ImageTree {
 
   async list(_path: TreePath): Promise<TreeEntry[]> {
     const { size } = statSync(this.#file);
-    return ['clone', 'image'].map((name) => {
+    return [...this.#layers.keys(), 'image'].toSorted().map((name) => {
       return {
         name,
         type: 'file',
         sizeBytes: size,
-        writable: name === 'clone',
+        writable: name !== 'image',
         modifiedMs: 0,
         contentId: name,
       };
@@ -73,7 +74,8 @@ class BenchTree implements ImageTree {
 
   async open([name]: TreePath): Promise<Image> {
     const image = rawImage(this.#file);
-    return name === 'clone' ? openClone(image, await openLayer(this.#layer, { baseDigest: BASE })) : image;
+    const layer = this.#layers.get(name!);
+    return layer === undefined ? image : openClone(image, await openLayer(layer, { baseDigest: BASE }));
   }
 
   async space() {
@@ -81,9 +83,18 @@ class BenchTree implements ImageTree {
   }
 }
 
-const [mountpoint, file, layer, json] = process.argv.slice(2) as [string, string, string, string];
-await createLayer(layer, { baseDigest: BASE, sizeBytes: statSync(file).size });
-const mount = await mountTree(new BenchTree(file, layer), mountpoint, {
+const [mountpoint, file, layer, fresh, json] = process.argv.slice(2) as [
+  string,
+  string,
+  string,
+  string,
+  string,
+];
+const layers = new Map([['clone', layer]]);
+for (let n = 1; n <= Number(fresh); n++) layers.set(`fresh-${n}`, `${layer}-fresh-${n}`);
+for (const folder of layers.values())
+  await createLayer(folder, { baseDigest: BASE, sizeBytes: statSync(file).size });
+const mount = await mountTree(new BenchTree(file, layers), mountpoint, {
   fsName: 'gridvfs-bench',
   log: (line) => console.error(line),
   ...(JSON.parse(json) as Partial<MountOptions>),
