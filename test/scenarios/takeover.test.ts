@@ -17,6 +17,9 @@ const LOAD = path.join(import.meta.dirname, 'load.ts');
 /** No machine is so slow. */
 const STUCK_MS = 180_000;
 
+const LONG_MS = 60_000;
+const LONG_PAUSE_MS = 5_000;
+
 /** A program of load.ts that works on the mount. */
 class Load {
   readonly #child;
@@ -92,7 +95,6 @@ suite('a proxy that dies under load', () => {
     assert.equal((await world.run('store', 'init', world.store)).code, 0);
     await world.json('store', 'import', world.store, raw, 'whole:1');
     await world.json('store', 'import', world.store, other, 'served:1');
-    await world.mount(world.store);
   });
   after(async () => {
     for (const each of loads) each.kill();
@@ -102,6 +104,7 @@ suite('a proxy that dies under load', () => {
 
   // Fails without `askAgain` in mount.ts: whoever waited waits for ever.
   test('kill -9 is a pause for readers of all kinds and for a writer, also where a tag has moved', async (t) => {
+    await world.mount(world.store);
     // Read once, so all of it is here; and opened again then, so the kernel reads it by itself.
     await world.succeeds('cmp', raw, whole);
     const passing = load('read', whole, raw);
@@ -127,6 +130,52 @@ suite('a proxy that dies under load', () => {
     await world.json('clone', 'rm', 'work');
     await world.json('umount', world.mountpoint);
   });
+
+  const isLong = process.env['GRIDVFS_LONG'] === '1';
+  for (const [what, direct, way] of [
+    ['kill -9', 0, 'kill'],
+    ['kill -9, past the page cache', 1, 'kill'],
+    ['proxy upgrade', 0, 'upgrade'],
+    ['proxy upgrade, past the page cache', 1, 'upgrade'],
+  ] as const) {
+    test(`a minute of verified random writes to a clone under ${what}`, { skip: !isLong }, async (t) => {
+      await world.mount(world.store);
+      const { disk } = await world.json<{ disk: string }>('clone', 'create', 'whole:1', '--name', 'fio');
+      const fio = world.program(
+        'fio',
+        ...['--name=verify', `--filename=${disk}`, '--rw=randwrite', '--bs=4k', '--ioengine=psync'],
+        ...[
+          '--numjobs=4',
+          '--offset_increment=4M',
+          '--io_size=4M',
+          '--size=4M',
+          `--direct=${direct}`,
+          '--thread',
+        ],
+        ...['--verify=crc32c', '--verify_backlog=64', '--loops=100000', `--runtime=${LONG_MS / 1000}`],
+        ...['--time_based', '--allow_file_create=0'],
+      );
+      const isOver = () => Promise.race([fio.then(() => true), sleep(LONG_PAUSE_MS, false)]);
+      let [times, waited] = [0, 0];
+      while (!(await isOver())) {
+        if (way === 'upgrade') await world.json('proxy', 'upgrade');
+        else {
+          const { pid } = await status();
+          process.kill(pid, 'SIGKILL');
+          while (isRunning(pid)) await sleep(1);
+          if (inFlight() > 0) waited++;
+        }
+        times++;
+      }
+      const { code, stdout, stderr } = await fio;
+      t.diagnostic(`${times} times, ${waited} of them with requests in flight`);
+      assert.equal(code, 0, stderr + stdout);
+      assert.doesNotMatch(stderr + stdout, /verify:|error=|err=\s*[1-9]/);
+      if (way === 'kill') assert.ok(waited >= 0.9 * times, `${waited} of ${times} kills met a request`);
+      await world.json('clone', 'rm', 'fio');
+      await world.json('umount', world.mountpoint);
+    });
+  }
 
   test('an upgrade gives the mount to a new process, and readers see no error', async () => {
     await world.mount(world.store);

@@ -5,6 +5,7 @@
 import { readFileSync } from 'node:fs';
 import { readdir, readFile, readlink, realpath, statfs } from 'node:fs/promises';
 import path from 'node:path';
+import { setTimeout as sleep } from 'node:timers/promises';
 import { asGridError, errnoOf, GridError } from '../../core/errors.ts';
 
 export const MOUNT_TYPE = 'fuse.gridvfs';
@@ -101,19 +102,26 @@ export async function isDead(mountpoint: string): Promise<boolean> {
 }
 
 const HOLDERS_SHOWN_MAX = 5;
+/** A process that waits in a page fault lets nobody read its mappings until it is served. */
+const HOLDERS_TIMEOUT_MS = 2_000;
 
-/** "qemu-system-x86 (4711), bash (4712)": processes with an open file, folder or mapping below `mountpoint`. */
+/** "qemu-system-x86 (4711), bash (4712)": processes with an open file, folder or mapping below `mountpoint`, as far
+ * as they can be found in two seconds. */
 export async function holdersOf(mountpoint: string): Promise<string> {
   const below = (target: string) => target === mountpoint || target.startsWith(mountpoint + '/');
   const found: string[] = [];
-  for (const pid of (await readdir('/proc')).filter((name) => /^\d+$/.test(name))) {
+  const look = async (pid: string) => {
     const descriptors = await readdir(`/proc/${pid}/fd`).catch(() => []);
     const links = ['cwd', 'root', 'exe', ...descriptors.map((fd) => `fd/${fd}`)];
     const targets = await Promise.all(links.map((link) => readlink(`/proc/${pid}/${link}`).catch(() => '')));
-    const maps = await readFile(`/proc/${pid}/maps`, 'utf8').catch(() => '');
+    const maps = targets.some(below) ? '' : await readFile(`/proc/${pid}/maps`, 'utf8').catch(() => '');
     if (targets.some(below) || maps.includes(` ${mountpoint}/`)) {
       found.push(`${(await readFile(`/proc/${pid}/comm`, 'utf8').catch(() => '?')).trim()} (${pid})`);
     }
+  };
+  const late = sleep(HOLDERS_TIMEOUT_MS, 'late', { ref: false });
+  for (const pid of (await readdir('/proc')).filter((name) => /^\d+$/.test(name))) {
+    if ((await Promise.race([look(pid), late])) === 'late') break;
   }
   if (found.length === 0) return 'somebody';
   const shown = found.slice(0, HOLDERS_SHOWN_MAX).join(', ');
