@@ -170,7 +170,6 @@ suite('a proxy that dies under load', () => {
       const { code, stdout, stderr } = await fio;
       t.diagnostic(`${times} times, ${waited} of them with requests in flight`);
       assert.equal(code, 0, stderr + stdout);
-      assert.doesNotMatch(stderr + stdout, /verify:|error=|err=\s*[1-9]/);
       if (way === 'kill') assert.ok(waited >= 0.9 * times, `${waited} of ${times} kills met a request`);
       await world.json('clone', 'rm', 'fio');
       await world.json('umount', world.mountpoint);
