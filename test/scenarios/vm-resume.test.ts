@@ -4,7 +4,7 @@
  */
 import assert from 'node:assert/strict';
 import { randomBytes } from 'node:crypto';
-import { openSync, closeSync, readdirSync, readFileSync, rmSync, writeSync } from 'node:fs';
+import { openSync, closeSync, readdirSync, readFileSync, writeSync } from 'node:fs';
 import net from 'node:net';
 import path from 'node:path';
 import { after, before, suite, test } from 'node:test';
@@ -96,10 +96,10 @@ suite('suspended VMs and checkpoints', () => {
     assert.equal(await nonceOf(origin!), nonce);
     await world.json('vm', 'stop', 'origin', '--now');
 
-    const forks = await world.json<Vm[]>('vm', 'fork', 'warm:1', '--count', '3', '--name', 'fork');
+    const forks = await world.json<Vm[]>('vm', 'fork', 'warm:1', '--count', '2', '--name', 'fork');
     assert.deepEqual(
       forks.map(({ id }) => id),
-      ['fork-1', 'fork-2', 'fork-3'],
+      ['fork-1', 'fork-2'],
     );
     for (const fork of forks) assert.equal(await nonceOf(fork), nonce);
     const identities = new Set<string>();
@@ -120,11 +120,7 @@ suite('suspended VMs and checkpoints', () => {
     const [second] = forks;
     const newer = await setNonce(second!);
     await world.json('vm', 'checkpoint', 'fork-1', '--to', 'warm:2');
-    await world.json('vm', 'stop', 'fork-1', 'fork-2', 'fork-3', '--now');
-    // As on another host: nothing of it is in the cache, and of the memory only what is touched comes.
-    await world.json('umount', world.mountpoint);
-    rmSync(path.join(world.folder, 'cache'), { recursive: true });
-    await world.mount(server.url, server);
+    await world.json('vm', 'stop', 'fork-1', 'fork-2', '--now');
     const child = await world.json<Vm>('vm', 'run', '--from-checkpoint', 'warm:2', '--name', 'child');
     assert.equal(await nonceOf(child), newer);
     await ask(child.consoleSocket, 'echo "me $(cat /root/me)"', /me fork-1/);
