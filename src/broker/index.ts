@@ -6,6 +6,7 @@ export type { BrokerServer, ServeOptions } from './server.ts';
 export type { HostInfo } from './hosts.ts';
 export type { ImageInfo } from './images.ts';
 export type { JobInfo, VmInfo, VmRequest } from './requests.ts';
+export type { Answer, Query } from './query/index.ts';
 export type { Explanation } from './placement.ts';
 export type { Role, TokenInfo } from './access.ts';
 export { ROLES } from './access.ts';

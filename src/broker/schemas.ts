@@ -237,3 +237,6 @@ export const usage = answer({
   seconds: number,
   memoryByteSeconds: number,
 });
+
+const found = answer({ id: text, memoryBytes: integer, vcpus: integer, network: text });
+export const queryAnswer = answer({ sets: list(list(found)), complete: boolean, elapsedMs: number });

@@ -5,6 +5,8 @@ import type { Broker } from './broker.ts';
 import { changeImage, listImages } from './images.ts';
 import type { ImageChange } from './images.ts';
 import type { VmRequest } from './requests.ts';
+import { answerQuery, querySchema } from './query/index.ts';
+import type { Query } from './query/index.ts';
 import * as schemas from './schemas.ts';
 import { principalOf } from './server.ts';
 
@@ -96,6 +98,11 @@ export function userRoutes(app: FastifyInstance, broker: Broker): void {
     },
     (request) =>
       broker.requests.stop(principalOf(request), request.params.id, request.body.graceMs ?? STOP_GRACE_MS),
+  );
+  app.post<{ Body: Query }>(
+    '/v1/query',
+    { config: users, schema: { body: querySchema, response: { 200: schemas.queryAnswer, ...failures } } },
+    (request) => answerQuery(broker.db, principalOf(request), request.body),
   );
   app.get(
     '/v1/usage',

@@ -34,6 +34,8 @@ import { cleanDeadMount, mountTree } from '../frontend/fuse/index.ts';
 import type { Driver, HeldDevices } from '../frontend/fuse/index.ts';
 import { createTree } from '../image/index.ts';
 import { openStore, Store } from '../store/index.ts';
+import { linkToBroker } from './broker-agent.ts';
+import type { BrokerOptions } from './broker-agent.ts';
 import { cloneParts, cloneWork } from './clone-parts.ts';
 import { runtimeRoot } from './paths.ts';
 import { machineWork } from './vm-parts.ts';
@@ -65,6 +67,8 @@ export interface DaemonOptions {
   readonly allowOther?: boolean;
   readonly uid?: number;
   readonly gid?: number;
+  /** The broker that this host is under. */
+  readonly broker?: BrokerOptions;
   readonly accelerator?: 'auto' | 'kvm' | 'tcg';
   /** Devices that outlive this process, and with them the mount. */
   readonly held?: HeldDevices;
@@ -322,6 +326,21 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
       const listener = await listenMetrics(options.metrics, metrics, status);
       stack.defer(() => listener.close());
       log(`metrics at http://${options.metrics.host}:${listener.port}/metrics`);
+    }
+    if (options.broker) {
+      const link = await linkToBroker(
+        options.broker,
+        {
+          machines,
+          cache,
+          resolve,
+          stateFolder: paths.state,
+          source: source.name,
+          accelerator: options.accelerator ?? 'auto',
+        },
+        log,
+      );
+      stack.defer(() => link.close());
     }
     await writeRecord(record);
     void mount.ended.then(async ({ reason }) => {

@@ -45,6 +45,10 @@ const GROUPS: Record<string, Group> = {
     summary: 'run, list and stop VMs over clones',
     load: async () => (await import('./vm.ts')).vmVerbs(),
   },
+  broker: {
+    summary: 'several hosts behind one front end: ask for machines, not for hosts',
+    load: async () => (await import('./broker.ts')).brokerVerbs(),
+  },
   bench: {
     summary: 'measure cold and warm instantiation',
     load: async () => (await import('./bench.ts')).benchVerbs(),

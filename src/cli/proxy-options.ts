@@ -6,6 +6,7 @@ import { GridError } from '../core/errors.ts';
 import { DRIVERS } from '../frontend/fuse/index.ts';
 import type { Driver } from '../frontend/fuse/index.ts';
 import { applyConfig, applyMountOptions } from './config.ts';
+import type { BrokerOptions } from './broker-agent.ts';
 import type { SshOptions } from './daemon.ts';
 import { collect, parseBytes, parseCount, parseDuration, parseId, parseListen } from './kit.ts';
 import { nameOfMountpoint, proxyPaths } from './paths.ts';
@@ -37,6 +38,12 @@ export interface ProxyOptions {
   remoteCommand?: string;
   caFile?: string[];
   metrics?: string;
+  broker?: string;
+  tokenFile?: string;
+  brokerCa?: string;
+  brokerHost?: string;
+  network?: string[];
+  guestMemory?: number;
   connectTimeout?: number;
   reconnectTimeout?: number;
 }
@@ -91,6 +98,12 @@ export function addProxyOptions(command: Command): Command {
         return text;
       },
     )
+    .option('--broker <url>', 'put this host under a broker: https://host:port or unix:/path')
+    .option('--token-file <file>', 'broker: file with an agent’s token')
+    .option('--broker-ca <file>', 'broker: certificate of the authority that its certificate is from')
+    .option('--broker-host <name>', 'broker: what this host is called (default: its host name)')
+    .option('--network <name>', 'broker: a LAN that this host is on (may be given again)', collect)
+    .option('--guest-memory <size>', 'broker: most that its VMs may have together', parseBytes)
     .option('--connect-timeout <duration>', 'how long the first connection may take', parseDuration)
     .option('--reconnect-timeout <duration>', 'how long reads wait for a broken tunnel', parseDuration);
 }
@@ -167,4 +180,23 @@ export function proxyArguments(
 /** A folder's path as seen from anywhere; URLs unchanged. */
 export function absoluteSource(source: string): string {
   return /^[a-z]+:\/\//.test(source) ? source : path.resolve(source);
+}
+
+/** The broker that the options name, checked: no token is sent to nobody. */
+export function brokerOf(options: ProxyOptions): { broker?: BrokerOptions } {
+  const { broker: url, tokenFile } = options;
+  if (url === undefined) return {};
+  if (tokenFile === undefined) {
+    throw new GridError('bad-request', '--broker needs --token-file, the file with an agent’s token');
+  }
+  return {
+    broker: {
+      url,
+      tokenFile,
+      networks: options.network ?? [],
+      ...(options.brokerCa === undefined ? {} : { caFile: options.brokerCa }),
+      ...(options.brokerHost === undefined ? {} : { hostName: options.brokerHost }),
+      ...(options.guestMemory === undefined ? {} : { guestMemoryBytes: options.guestMemory }),
+    },
+  };
 }

@@ -13,7 +13,7 @@ import { hold } from './holder.ts';
 import { bytesText, jsonOption, parseCount, parseDuration, parseListen, show, table, verb } from './kit.ts';
 import { stopProxyAt, usableMountpoint } from './mount.ts';
 import { runtimeRoot } from './paths.ts';
-import { absoluteSource, addProxyOptions, proxyArguments, resolveProxy } from './proxy-options.ts';
+import { absoluteSource, addProxyOptions, brokerOf, proxyArguments, resolveProxy } from './proxy-options.ts';
 import { watch } from './watch.ts';
 import type { ProxyOptions } from './proxy-options.ts';
 import { findProxy, runningProxies, withProxyOption } from './registry.ts';
@@ -137,6 +137,7 @@ function serveVerb(): Command {
             ...(options.allowOther === undefined ? {} : { allowOther: options.allowOther }),
             ...(options.uid === undefined ? {} : { uid: options.uid }),
             ...(options.gid === undefined ? {} : { gid: options.gid }),
+            ...brokerOf(options),
             ...(options.accel === undefined ? {} : { accelerator: options.accel }),
           },
           log,

@@ -70,7 +70,7 @@ export interface HostReport {
   readonly sequence: number;
   /** One-minute load average. */
   readonly load: number;
-  /** Plain bytes in the host's cache, by manifest. */
+  /** Plain bytes in the host's cache, by disk manifest; those of its kernel and other parts are in the sum. */
   readonly warmBytes: Readonly<Record<string, number>>;
   readonly vms: readonly ReportedVm[];
   readonly results: readonly OrderResult[];

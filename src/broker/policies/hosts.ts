@@ -38,7 +38,7 @@ export function hostMisfit(host: HostCandidate, need: HostNeed): string | undefi
 }
 
 /** Bytes that differ by less than this are equally warm: what a boot leaves differs from run to run. */
-const WARM_STEP_BYTES = 8 * 1024 * 1024;
+const WARM_STEP_BYTES = 1024 * 1024;
 
 export function rankHosts(hosts: readonly HostCandidate[], need: HostNeed): RankedHost[] {
   const warm = (host: HostCandidate) => Math.floor(host.warmBytes / WARM_STEP_BYTES);

@@ -1,0 +1,424 @@
+/** gridvfs broker: calls of the front end that users of several hosts talk to. `run` is in broker-run.ts. */
+import { randomUUID } from 'node:crypto';
+import { Option } from 'commander';
+import type { Command } from 'commander';
+import { BrokerClient, readToken } from '../agent/broker-client.ts';
+import { POLICIES, ROLES } from '../broker/index.ts';
+import type {
+  Answer,
+  Explanation,
+  HostInfo,
+  ImageInfo,
+  JobInfo,
+  Role,
+  TokenInfo,
+  VmInfo,
+  VmRequest,
+} from '../broker/index.ts';
+import { GridError } from '../core/errors.ts';
+import { brokerSocket, operatorToken, readFile, runVerb, stateFolder } from './broker-run.ts';
+import {
+  abortOnSignals,
+  bytesText,
+  collect,
+  jsonOption,
+  parseBytes,
+  parseCount,
+  parseDuration,
+  Progress,
+  show,
+  table,
+  verb,
+} from './kit.ts';
+
+interface Connection {
+  broker?: string;
+  tokenFile?: string;
+  brokerCa?: string;
+  json?: boolean;
+}
+
+function withBroker(command: Command): Command {
+  return command
+    .addOption(
+      new Option('--broker <url>', 'https://host:port or unix:/path (default: the broker on this host)').env(
+        'GRIDVFS_BROKER',
+      ),
+    )
+    .addOption(
+      new Option('--token-file <file>', 'file with your token (default: the operator’s on this host)').env(
+        'GRIDVFS_TOKEN_FILE',
+      ),
+    )
+    .option('--broker-ca <file>', 'certificate of the authority that the broker’s is from')
+    .addOption(jsonOption());
+}
+
+/** Does something with a client and closes it. */
+async function withClient<T>(options: Connection, work: (client: BrokerClient) => Promise<T>): Promise<T> {
+  const client = new BrokerClient({
+    url: options.broker ?? `unix:${brokerSocket()}`,
+    token: readToken(options.tokenFile ?? operatorToken(stateFolder())),
+    ...(options.brokerCa === undefined ? {} : { ca: readFile(options.brokerCa) }),
+  });
+  try {
+    return await work(client);
+  } finally {
+    client.close();
+  }
+}
+
+function hostsVerb(): Command {
+  return withBroker(
+    verb('hosts', 'List hosts, what they promise, and what they have warm.', ['gridvfs broker hosts']),
+  ).action(async (options: Connection) => {
+    const hosts = await withClient(options, (client) => client.call<HostInfo[]>('GET', '/v1/hosts'));
+    show(options, hosts, () =>
+      table(
+        ['HOST', 'STATE', 'VMS', 'PROMISES', 'VCPUS', 'WARM', 'LOAD', 'NETWORKS'],
+        hosts.map((one) => [
+          one.id,
+          one.unusable ?? one.state,
+          one.vms,
+          bytesText(one.future.memoryBytes),
+          one.future.vcpus,
+          bytesText(Object.values(one.warmBytes).reduce((sum, bytes) => sum + bytes, 0)),
+          one.load.toFixed(2),
+          one.networks.join(', '),
+        ]),
+      ),
+    );
+  });
+}
+
+function imagesVerb(): Command {
+  return withBroker(
+    verb('images', 'List image versions that you may use.', ['gridvfs broker images --json']),
+  ).action(async (options: Connection) => {
+    const images = await withClient(options, (client) => client.call<ImageInfo[]>('GET', '/v1/images'));
+    show(options, images, () =>
+      table(
+        ['IMAGE', 'KIND', 'SIZE', 'HOSTS', 'OWNER', 'LABELS'],
+        images.map((one) => [
+          `${one.image}:${one.version}${one.deprecated === undefined ? '' : ` (deprecated: ${one.deprecated})`}`,
+          one.kind,
+          bytesText(one.sizeBytes),
+          one.hosts,
+          one.owner ?? '',
+          Object.entries(one.labels)
+            .filter(([name]) => !/^(boot|machine)\./.test(name))
+            .map((entry) => entry.join('='))
+            .join(' '),
+        ]),
+      ),
+    );
+  });
+}
+
+const vmTable = (vms: readonly VmInfo[]) =>
+  table(
+    ['VM', 'ID', 'STATE', 'IMAGE', 'HOST', 'READY AFTER', 'REASON'],
+    vms.map((vm) => [
+      vm.name,
+      vm.id,
+      vm.state,
+      vm.image ?? '',
+      vm.host ?? '',
+      vm.timeline?.['readyMs'] === undefined ? '-' : `${(vm.timeline['readyMs'] / 1000).toFixed(2)} s`,
+      vm.reason ?? '',
+    ]),
+  );
+
+function vmsVerb(): Command {
+  return withBroker(
+    verb('vms', 'List your VMs; operators see everybody’s.', [
+      'gridvfs broker vms',
+      'gridvfs broker vms --all',
+    ]),
+  )
+    .option('--all', 'also those that ended')
+    .action(async (options: Connection & { all?: boolean }) => {
+      const vms = await withClient(options, (client) =>
+        client.call<VmInfo[]>('GET', `/v1/vms?all=${options.all === true}`),
+      );
+      show(options, vms, () => vmTable(vms));
+    });
+}
+
+interface RequestOptions extends Connection {
+  count?: number;
+  name?: string;
+  os?: string;
+  kernel?: string;
+  library?: string[];
+  label?: string[];
+  memory?: number;
+  vcpus?: number;
+  network?: string;
+  policy?: VmRequest['policy'];
+  restart?: boolean;
+  explain?: boolean;
+  wait: boolean;
+  timeout: number;
+}
+
+/** "libc>=2.36" or "libc=2.36" → name and range. */
+function ranges(texts: readonly string[] = []): Record<string, string> {
+  return Object.fromEntries(
+    texts.map((text) => {
+      const match = /^([A-Za-z0-9][A-Za-z0-9._+-]*?)\s*(=|(?=[<>]))(.+)$/.exec(text);
+      if (!match)
+        throw new GridError(
+          'bad-request',
+          `'${text}' is no label with a range; write libc>=2.36 or os=debian`,
+        );
+      return [match[1]!, match[3]!.trim()];
+    }),
+  );
+}
+
+function requestVerb(): Command {
+  return withBroker(
+    verb('request', 'Ask for VMs, and wait until their guests answer.', [
+      'gridvfs broker request debian:12 --count 4 --memory 1G',
+      "gridvfs broker request --os debian --kernel '>=6.1 <7' --library 'libc>=2.36' --restart",
+      'gridvfs broker request debian --explain',
+    ]),
+  )
+    .argument('[image]', 'name or name:version; any that fits when left out')
+    .option('--count <number>', 'how many', parseCount)
+    .option('--name <name>', 'what they are called, with a number each when there are several')
+    .option('--os <range>', 'label os')
+    .option('--kernel <range>', 'label kernel, e.g. ">=6.1 <7"')
+    .option('--library <range>', 'label library.NAME, e.g. "libc>=2.36" (may be given again)', collect)
+    .option('--label <range>', 'any other label (may be given again)', collect)
+    .option('--memory <size>', 'memory of each (default: 512M)', parseBytes)
+    .option('--vcpus <count>', 'virtual processors of each', parseCount)
+    .option('--network <name>', 'on hosts of this network only')
+    .addOption(new Option('--policy <which>', 'how hosts are chosen (default: warm)').choices(POLICIES))
+    .option('--restart', 'place them again when their host falls silent')
+    .option('--explain', 'only say what would be chosen, and why')
+    .option('--no-wait', 'return when the request is accepted')
+    .option('--timeout <duration>', 'how long to wait', parseDuration, 600_000)
+    .action(async (image: string | undefined, options: RequestOptions) => {
+      const request: VmRequest = {
+        ...(image === undefined ? {} : { image }),
+        ...(options.count === undefined ? {} : { count: options.count }),
+        ...(options.name === undefined ? {} : { name: options.name }),
+        ...(options.os === undefined ? {} : { os: options.os }),
+        ...(options.kernel === undefined ? {} : { kernel: options.kernel }),
+        ...(options.library === undefined ? {} : { libraries: ranges(options.library) }),
+        ...(options.label === undefined ? {} : { labels: ranges(options.label) }),
+        ...(options.memory === undefined ? {} : { memoryBytes: options.memory }),
+        ...(options.vcpus === undefined ? {} : { vcpus: options.vcpus }),
+        ...(options.network === undefined ? {} : { network: options.network }),
+        ...(options.policy === undefined ? {} : { policy: options.policy }),
+        ...(options.restart === undefined ? {} : { restart: options.restart }),
+      };
+      await withClient(options, async (client) => {
+        if (options.explain) return explain(client, request, options);
+        let job = await client.call<JobInfo>('POST', '/v1/vms', request, {
+          headers: { 'idempotency-key': randomUUID() },
+        });
+        if (options.wait) job = await follow(client, job, options);
+        show(options, job, () => `${job.id}  ${job.state}\n${vmTable(job.vms)}`);
+        if (job.state === 'failed') {
+          throw new GridError(
+            'vm-failed',
+            `not all VMs of ${job.id} run: ${job.vms.find((vm) => vm.state === 'failed')?.reason ?? ''}`,
+          );
+        }
+      });
+    });
+}
+
+async function explain(client: BrokerClient, request: VmRequest, options: Connection): Promise<void> {
+  const found = await client.call<Explanation>('POST', '/v1/vms/explain', request);
+  show(options, found, () =>
+    [
+      found.choice ? `would start ${found.choice.image} on ${found.choice.host}` : 'nothing fits now',
+      ...found.versions.map((one) => `  ${one.reference}: ${one.why}`),
+      ...found.rejectedVersions.map((one) => `  not ${one.reference}: ${one.why}`),
+      ...found.hosts.map((one) => `  ${one.host}: ${one.why}`),
+      ...found.rejectedHosts.map((one) => `  not ${one.host}: ${one.why}`),
+    ].join('\n'),
+  );
+}
+
+/** Waits for a job; a broker that starts again meanwhile is asked again. */
+async function follow(client: BrokerClient, first: JobInfo, options: RequestOptions): Promise<JobInfo> {
+  const signal = AbortSignal.any([abortOnSignals(), AbortSignal.timeout(options.timeout)]);
+  const progress = new Progress('starting', options);
+  let job = first;
+  try {
+    while (job.state === 'running') {
+      try {
+        for await (const next of client.events<JobInfo>(`/v1/jobs/${job.id}/events`, signal)) {
+          job = next;
+          progress.update(job.done, job.total);
+        }
+      } catch (error) {
+        if (signal.aborted) {
+          throw new GridError('timeout', `${job.id} is still under way; \`gridvfs broker vms\` shows it`, {
+            cause: error,
+          });
+        }
+        if (!(error instanceof GridError) || error.blame !== 'tunnel') throw error;
+        await new Promise((resolve) => setTimeout(resolve, 500));
+      }
+    }
+    return job;
+  } finally {
+    progress.end();
+  }
+}
+
+function stopVerb(): Command {
+  return withBroker(verb('stop', 'Stop VMs, by name or id.', ['gridvfs broker stop web-1 web-2']))
+    .argument('<vm...>')
+    .option('--grace <duration>', 'how long a guest may take to power down', parseDuration, 15_000)
+    .action(async (vms: string[], options: Connection & { grace: number }) => {
+      const stopped = await withClient(options, async (client) => {
+        const answers: VmInfo[] = [];
+        for (const vm of vms) {
+          answers.push(
+            await client.call<VmInfo>('POST', `/v1/vms/${encodeURIComponent(vm)}/stop`, {
+              graceMs: options.grace,
+            }),
+          );
+        }
+        for (const [at, { id }] of answers.entries()) {
+          while (answers[at]!.state === 'stopping') {
+            await new Promise((resolve) => setTimeout(resolve, 100));
+            answers[at] = await client.call<VmInfo>('GET', `/v1/vms/${id}`);
+          }
+        }
+        return answers;
+      });
+      show(options, stopped, () => vmTable(stopped));
+    });
+}
+
+function queryVerb(): Command {
+  return withBroker(
+    verb('query', 'Find sets of resources that together have what you need.', [
+      `gridvfs broker query '{"find":"hosts","canRun":{"memoryBytes":1073741824},"limit":10}'`,
+      `gridvfs broker query '{"find":"hosts","count":16,"same":"network","total":[{"field":"memoryBytes","atLeast":34359738368}]}'`,
+      `gridvfs broker query '{"find":"vms","count":4,"same":"network","total":[{"field":"memoryBytes","atMost":1073741824}],"withinMs":100}'`,
+    ]),
+  )
+    .argument('<query>', 'JSON; its form is in src/broker/query/form.ts and in the OpenAPI document')
+    .action(async (text: string, options: Connection) => {
+      let query: unknown;
+      try {
+        query = JSON.parse(text);
+      } catch (error) {
+        throw new GridError('bad-request', 'the query is not JSON', { cause: error });
+      }
+      const answer = await withClient(options, (client) => client.call<Answer>('POST', '/v1/query', query));
+      show(options, answer, () =>
+        [
+          ...answer.sets.map((set) =>
+            set.map((one) => `${one.id} (${bytesText(one.memoryBytes)}, ${one.vcpus} vcpus)`).join('  '),
+          ),
+          `${answer.sets.length} set(s)${answer.complete ? '' : ', not complete'} in ${answer.elapsedMs.toFixed(1)} ms`,
+        ].join('\n'),
+      );
+    });
+}
+
+function usageVerb(): Command {
+  return withBroker(
+    verb('usage', 'Time, memory and bytes of your VMs.', ['gridvfs broker usage --json']),
+  ).action(async (options: Connection) => {
+    const rows = await withClient(options, (client) =>
+      client.call<
+        {
+          vm: string;
+          owner: string;
+          host: string;
+          seconds: number;
+          memoryByteSeconds: number;
+          fetchedBytes: number;
+        }[]
+      >('GET', '/v1/usage'),
+    );
+    show(options, rows, () =>
+      table(
+        ['VM', 'OWNER', 'HOST', 'TIME', 'GIB HOURS', 'FETCHED'],
+        rows.map((row) => [
+          row.vm,
+          row.owner,
+          row.host,
+          `${row.seconds.toFixed(1)} s`,
+          (row.memoryByteSeconds / 3600 / 1024 ** 3).toFixed(3),
+          bytesText(row.fetchedBytes),
+        ]),
+      ),
+    );
+  });
+}
+
+function tokenVerbs(): Command {
+  const group = verb('token', 'Tokens of users, operators and agents.');
+  group.addCommand(
+    withBroker(
+      verb('create', 'Make a token; it is shown once.', [
+        'gridvfs broker token create ada --role user > ada.token',
+        'gridvfs broker token create hosts --role agent > /etc/gridvfs/agent.token',
+      ]),
+    )
+      .argument('<user>')
+      .addOption(new Option('--role <role>').choices(ROLES).default('user'))
+      .action(async (user: string, options: Connection & { role: Role }) => {
+        const made = await withClient(options, (client) =>
+          client.call<{ token: string; info: TokenInfo }>('POST', '/v1/tokens', { user, role: options.role }),
+        );
+        show(options, made, () => made.token);
+      }),
+  );
+  group.addCommand(
+    withBroker(verb('ls', 'List tokens.', ['gridvfs broker token ls'])).action(
+      async (options: Connection) => {
+        const tokens = await withClient(options, (client) => client.call<TokenInfo[]>('GET', '/v1/tokens'));
+        show(options, tokens, () =>
+          table(
+            ['ID', 'USER', 'ROLE', 'CREATED', 'REVOKED'],
+            tokens.map((one) => [one.id, one.user, one.role, one.created, one.revoked ?? '']),
+          ),
+        );
+      },
+    ),
+  );
+  group.addCommand(
+    withBroker(verb('revoke', 'Make a token useless.', ['gridvfs broker token revoke 0123456789ab']))
+      .argument('<id>')
+      .action(async (id: string, options: Connection) => {
+        await withClient(options, (client) => client.call('DELETE', `/v1/tokens/${encodeURIComponent(id)}`));
+        show(options, { revoked: id }, () => `${id} is revoked`);
+      }),
+  );
+  return group;
+}
+
+export function brokerVerbs(): Command {
+  const group = verb(
+    'broker',
+    'Users ask for machines; the broker finds images and hosts and has them started.',
+    ['gridvfs broker run', 'gridvfs broker request debian:12 --count 4'],
+  );
+  for (const command of [
+    runVerb(),
+    requestVerb(),
+    vmsVerb(),
+    stopVerb(),
+    hostsVerb(),
+    imagesVerb(),
+    queryVerb(),
+    usageVerb(),
+    tokenVerbs(),
+  ]) {
+    group.addCommand(command);
+  }
+  return group;
+}
