@@ -10,7 +10,7 @@ import { chmodSync } from 'node:fs';
 import rateLimit from '@fastify/rate-limit';
 import swagger from '@fastify/swagger';
 import fastify from 'fastify';
-import type { FastifyInstance, FastifyRequest } from 'fastify';
+import type { FastifyInstance, FastifyReply, FastifyRequest } from 'fastify';
 import type { ErrorCode } from '../core/errors.ts';
 import { asGridError, GridError } from '../core/errors.ts';
 import { MIB, NAME_LENGTH_MAX } from '../core/limits.ts';
@@ -82,18 +82,13 @@ export async function createApi(broker: Broker, options: ServeOptions = {}): Pro
     logger: false,
     forceCloseConnections: true,
     bodyLimit: BODY_BYTES_MAX,
+    // Addresses that no route could have: they fail before there is a route whose handler would answer.
+    frameworkErrors: (error, _request, reply) => answerProblem(error, reply),
     routerOptions: { maxParamLength: 2 * NAME_LENGTH_MAX },
     ajv: { customOptions: { removeAdditional: false, coerceTypes: false, allowUnionTypes: true } },
     ...(options.tls === undefined ? {} : { https: options.tls }),
   }) as FastifyInstance;
-  app.setErrorHandler((error, request, reply) => {
-    const { known, status } = describe(error);
-    if (status >= 500) request.log.error(error);
-    return reply
-      .status(status)
-      .type('application/problem+json')
-      .send({ type: 'about:blank', title: known.code, status, detail: known.message, code: known.code });
-  });
+  app.setErrorHandler((error, _request, reply) => answerProblem(error, reply));
   app.setNotFoundHandler(async (request) => {
     throw new GridError('not-found', `the broker has no ${request.method} ${request.url.slice(0, 200)}`);
   });
@@ -151,6 +146,14 @@ export async function serveBroker(broker: Broker, options: ServeOptions): Promis
   }
   const kept = stack.move();
   return { ...(port === undefined ? {} : { port }), close: () => kept.disposeAsync() };
+}
+
+function answerProblem(error: unknown, reply: FastifyReply): FastifyReply {
+  const { known, status } = describe(error);
+  return reply
+    .status(status)
+    .type('application/problem+json')
+    .send({ type: 'about:blank', title: known.code, status, detail: known.message, code: known.code });
 }
 
 function describe(error: unknown): { known: GridError; status: number } {
