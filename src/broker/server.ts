@@ -83,7 +83,9 @@ export async function createApi(broker: Broker, options: ServeOptions = {}): Pro
     forceCloseConnections: true,
     bodyLimit: BODY_BYTES_MAX,
     // Addresses that no route could have: they fail before there is a route whose handler would answer.
-    frameworkErrors: (error, _request, reply) => answerProblem(error, reply),
+    frameworkErrors(error, _request, reply) {
+      answerProblem(error, reply);
+    },
     routerOptions: { maxParamLength: 2 * NAME_LENGTH_MAX },
     ajv: { customOptions: { removeAdditional: false, coerceTypes: false, allowUnionTypes: true } },
     ...(options.tls === undefined ? {} : { https: options.tls }),

@@ -43,7 +43,7 @@ suite('the API of a broker', () => {
       for (const [path, methods] of Object.entries(paths)) {
         for (const [method, { responses }] of Object.entries(methods)) {
           const url = path.replaceAll(/\{(\w+)\}/g, ':$1');
-          assert.ok(app.hasRoute({ method: method.toUpperCase() as 'GET', url }), `${method} ${url}`);
+          assert.ok(app.hasRoute({ method: method.toUpperCase(), url }), `${method} ${url}`);
           assert.ok(Object.keys(responses).length > 0);
         }
       }
