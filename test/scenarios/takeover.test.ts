@@ -6,7 +6,7 @@ import { once } from 'node:events';
 import { mkdirSync, readFileSync, writeFileSync } from 'node:fs';
 import path from 'node:path';
 import { after, before, suite, test } from 'node:test';
-import { setTimeout as sleep } from 'node:timers/promises';
+import { setImmediate as nextTurn, setTimeout as sleep } from 'node:timers/promises';
 import { isRunning, mount, unmount } from '../../src/core/linux.ts';
 import { MIB } from '../../src/core/limits.ts';
 import { World } from './world.ts';
@@ -161,6 +161,9 @@ suite('a proxy that dies under load', () => {
         if (way === 'upgrade') await world.json('proxy', 'upgrade');
         else {
           const { pid } = await status();
+          // A kill while fio only compares would show nothing.
+          const endMs = performance.now() + LONG_PAUSE_MS;
+          while (inFlight() === 0 && performance.now() < endMs) await nextTurn();
           process.kill(pid, 'SIGKILL');
           while (isRunning(pid)) await sleep(1);
           if (inFlight() > 0) waited++;
