@@ -183,7 +183,7 @@ for (const dialect of DIALECTS) {
         const vm = await request({ policy: 'pack' });
         return vm.host === from.facts.host && vm;
       });
-      // At every look, at most one host lets a copy run.
+      // At every look, at most one host lets a copy run. Guarded by the SIGSTOP in BrokerLink's #enforce.
       let both = 0;
       const copies = (host: TestHost) =>
         host.machines.running().filter((name) => name.startsWith(moved.id)).length;
