@@ -125,6 +125,8 @@ export async function prepareScene(stack: AsyncDisposableStack, options: SceneOp
 
 /** What comes first: the result, or Ctrl-C; what was begun is then ended by the stack that holds it. */
 export async function orInterrupted<T>(signal: AbortSignal, work: Promise<T>): Promise<T> {
+  // Nobody waits for it after an interruption, and what fails unseen would end the process before it has cleaned up.
+  work.catch(() => undefined);
   signal.throwIfAborted();
   const { promise, reject } = Promise.withResolvers<never>();
   const stop = () => reject(signal.reason as Error);

@@ -251,7 +251,8 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
     const record: ProxyRecord = {
       name: paths.name,
       pid: process.pid,
-      processes: livingProcesses(options.held === undefined ? [] : [process.ppid]),
+      // Every driver's proxy has a holder, which ends last.
+      processes: livingProcesses(process.connected ? [process.ppid] : []),
       mountpoint,
       source: source.name,
       cache: paths.cache,

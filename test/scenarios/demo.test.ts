@@ -71,7 +71,8 @@ suite('the demo', () => {
         if (said.includes('import:')) resolve();
       });
     });
-    const ended = new Promise<number | null>((resolve) => child.once('close', resolve));
+    // Not its output's end: whatever it wrongly left would keep that open.
+    const ended = new Promise<number | null>((resolve) => child.once('exit', resolve));
     await booting;
     while (!world.processesLeft().some((line) => line.includes('qemu') && line.includes('/mnt/'))) {
       assert.equal(child.exitCode, null, said);
