@@ -8,7 +8,8 @@ import type { SourceEvent } from './statistics.ts';
 import type { Transport } from './transport.ts';
 
 const BACKOFF_MIN_MS = 50;
-const BACKOFF_MAX_MS = 5_000;
+/** What a guest waits at most after the way is back; a connection that is refused costs nobody much. */
+const BACKOFF_MAX_MS = 2_000;
 
 export class Recovery {
   readonly #transport: Transport;

@@ -92,7 +92,8 @@ describe('under a running reader', () => {
         });
         await cutting;
         assert.ok(longestMs > CUT_MS * 0.8, `the longest read took ${longestMs} ms: the cut was not felt`);
-        assert.ok(longestMs < CUT_MS + 8_000, `the longest read took ${longestMs} ms`);
+        // Two seconds of backoff and a handshake; the rest is for a machine that has other things to do.
+        assert.ok(longestMs < CUT_MS + 25_000, `the longest read took ${longestMs} ms`);
         assert.ok(source.statistics().reconnects >= 1);
       } finally {
         await image.close();
