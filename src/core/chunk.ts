@@ -3,6 +3,7 @@
  * where a cache serves them. Decoding always verifies: nobody holds plain bytes that were not checked.
  */
 import { constants, zstdCompressSync, zstdDecompressSync } from 'node:zlib';
+import type { ZstdOptions } from 'node:zlib';
 import { bufferOf, sha256 } from './bytes.ts';
 import type { Digest } from './bytes.ts';
 import { GridError } from './errors.ts';
@@ -27,7 +28,18 @@ export interface ChunkRef {
 export const ZSTD_LEVEL = 3;
 
 export function compress(plain: Uint8Array): Buffer {
-  return zstdCompressSync(plain, { params: { [constants.ZSTD_c_compressionLevel]: ZSTD_LEVEL } });
+  return zstdCompressSync(plain, compressionOf(plain.length));
+}
+
+/**
+ * zlib's options to compress so many bytes. The output has room for all of it at once: where a frame ends just where
+ * an output buffer does (16 KiB by default, so one chunk in 16,384), Node 26 begins another frame behind it.
+ */
+export function compressionOf(plainBytes: number): ZstdOptions {
+  return {
+    params: { [constants.ZSTD_c_compressionLevel]: ZSTD_LEVEL },
+    chunkSize: plainBytes + (plainBytes >> 7) + STORED_OVERHEAD_BYTES_MAX,
+  };
 }
 
 /** zstd to plain bytes, at most `maxBytes` of them (a bomb ends there); throws corrupt. */

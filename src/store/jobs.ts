@@ -239,6 +239,9 @@ function verifyObject(file: string, kind: ObjectKind, digest: Digest): number {
   return stored.length;
 }
 
+/** What Node's zlib put behind a frame that just filled its output buffer, when it was given one of that size. */
+const EMPTY_FRAME = Buffer.from('28b52ffd2000010000', 'hex');
+
 /** Whether the blocks of a zstd frame (RFC 8878, 3.1.1) that is known to decode end where the bytes do. Decoders
  * ignore what comes after, so a reader does no wrong with it; but nobody of ours wrote it. */
 export function isOneFrame(stored: Buffer): boolean {
@@ -253,7 +256,8 @@ export function isOneFrame(stored: Buffer): boolean {
     const isRepeated = ((header >> 1) & 3) === 1;
     at += 3 + (isRepeated ? 1 : header >> 3);
   }
-  return at + ((descriptor & 4) !== 0 ? 4 : 0) === stored.length;
+  const end = at + ((descriptor & 4) !== 0 ? 4 : 0);
+  return end === stored.length || stored.subarray(end).equals(EMPTY_FRAME);
 }
 
 function unpack({ storeFolder, fd, chunks }: UnpackJob): undefined {

@@ -7,11 +7,11 @@
  *   changed chunks → rounds of 16 MiB, a few at a time: read, hash → ask → compress in libuv's threads → send
  */
 import { promisify } from 'node:util';
-import { constants, zstdCompress } from 'node:zlib';
+import { zstdCompress } from 'node:zlib';
 import { isAllZero, sha256 } from '../core/bytes.ts';
 import type { Digest } from '../core/bytes.ts';
 import { ChunkTable, encodeChunkTable } from '../core/chunk-table.ts';
-import { compress, ZSTD_LEVEL } from '../core/chunk.ts';
+import { compress, compressionOf } from '../core/chunk.ts';
 import { GridError } from '../core/errors.ts';
 import { MIB } from '../core/limits.ts';
 import {
@@ -202,8 +202,8 @@ export class Upload {
   async #send(missing: readonly (readonly [Digest, Buffer])[]): Promise<void> {
     const packed = await Promise.all(
       missing.map(async ([digest, plain]): Promise<NewChunk> => {
-        const params = { [constants.ZSTD_c_compressionLevel]: ZSTD_LEVEL };
-        return { digest, plainBytes: plain.length, stored: await compressInBackground(plain, { params }) };
+        const stored = await compressInBackground(plain, compressionOf(plain.length));
+        return { digest, plainBytes: plain.length, stored };
       }),
     );
     for (let at = 0; at < packed.length;) {
