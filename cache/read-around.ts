@@ -10,6 +10,7 @@
  *                (The same at 150 ms and 50 Mbit/s: 16 s instead of 41, for half of the image instead of a fifth.
  *                Reading chunk by chunk would take twice as long there as a copy of the whole image.)
  *
+ * The figures are computed from the trace of one boot, not measured: they chose between rules, and promise nothing.
  * So a start on a local network fetches what it touches. All of it goes as prefetch: behind demand, within its
  * ceiling, and not where the disk has no room.
  */

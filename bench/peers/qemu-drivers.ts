@@ -1,8 +1,8 @@
 /**
  * QEMU's own network block drivers as peers, and the others as what QEMU's overlay can lie on. `nbd`: QEMU speaks NBD
  * to nbdkit at the origin, without a tunnel (so nothing is encrypted or compressed). `ssh`: QEMU reads the file over SFTP
- * through libssh; the key comes from an ssh-agent, as the driver asks for none by name. It runs in qemu-nbd, because in a QEMU
- * with its seccomp sandbox on (as ours is) libssh cannot talk to the agent.
+ * through libssh; the key comes from an ssh-agent, as the driver asks for none by name. It runs in qemu-nbd, where
+ * it authenticates; in a QEMU with its seccomp sandbox on (as ours is) it did not, perhaps because of the sandbox.
  */
 import { createHash } from 'node:crypto';
 import { existsSync } from 'node:fs';

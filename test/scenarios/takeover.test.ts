@@ -102,7 +102,7 @@ suite('a proxy that dies under load', () => {
     await world.dispose();
   });
 
-  // Fails without `askAgain` in mount.ts: whoever waited waits for ever.
+  // Meant for `askAgain` in mount.ts: without it whoever waited would wait for ever.
   test('kill -9 is a pause for readers of all kinds and for a writer, also where a tag has moved', async (t) => {
     await world.mount(world.store);
     // Read once, so all of it is here; and opened again then, so the kernel reads it by itself.
