@@ -15,6 +15,12 @@ const ROOT = path.resolve(import.meta.dirname ?? path.dirname(new URL(import.met
 const PINNED_NODE = path.join(ROOT, 'node_modules', '.bin', 'node');
 const IS_ROOT = process.getuid?.() === 0;
 
+/**
+ * The tests have a mount namespace of their own, with the propagation that systemd gives a host: what a test unmounts
+ * goes in the namespaces that mmdebstrap and others made meanwhile as well, and a crash leaves no mount on the host.
+ */
+const TESTS = ['unshare', '--mount', '--propagation', 'shared', PINNED_NODE, 'test/run.ts'];
+
 const VERBS = {
   setup: { packages: ['node', 'run', 'test'], command: () => [PINNED_NODE, '--version'] },
   demo: {
@@ -26,12 +32,12 @@ const VERBS = {
   test: {
     packages: ['node', 'run', 'test'],
     root: true,
-    command: (args) => [PINNED_NODE, 'test/run.ts', ...args],
+    command: (args) => [...TESTS, ...args],
   },
   'test:long': {
     packages: ['node', 'run', 'test'],
     root: true,
-    command: (args) => [PINNED_NODE, 'test/run.ts', '--long', ...args],
+    command: (args) => [...TESTS, '--long', ...args],
   },
 };
 

@@ -1,10 +1,19 @@
 /** A mount namespace of a test's own: what is mounted in it goes with it, and the host sees none of it. */
 import { spawn } from 'node:child_process';
 import type { ChildProcess } from 'node:child_process';
+import os from 'node:os';
 import path from 'node:path';
 import type { Outcome, World } from './world.ts';
 
 const ROOT = path.resolve(import.meta.dirname, '..', '..');
+
+/**
+ * For sh, inside a new mount namespace: lets go of the copies of what other tests have mounted in temp folders by
+ * now. Kept, they would hold those mounts after their own tests unmounted them, where `/` is private. `$0` and what
+ * lies below it stay.
+ */
+export const LEAVE_OTHERS_MOUNTS = `findmnt -rno TARGET | while read -r place; do
+  case "$place" in "$0"|"$0"/*) ;; '${os.tmpdir()}'/*) umount -l "$place" 2>/dev/null || true ;; esac; done`;
 
 export class Namespace {
   readonly #world: World;
@@ -20,7 +29,7 @@ export class Namespace {
 
   /** Runs `setup` (sh, in the world's folder) inside; the world's folder becomes open to other users. */
   static async make(world: World, setup: string): Promise<Namespace> {
-    const script = `set -e; cd "$0"; chmod 755 .; mkdir repo; mount --bind "$1" repo; ${setup}\necho ready; read over || true`;
+    const script = `${LEAVE_OTHERS_MOUNTS}; set -e; cd "$0"; chmod 755 .; mkdir repo; mount --bind "$1" repo; ${setup}\necho ready; read over || true`;
     const holder = spawn('unshare', ['--mount', 'sh', '-c', script, world.folder, ROOT], {
       stdio: ['pipe', 'pipe', 'pipe'],
     });

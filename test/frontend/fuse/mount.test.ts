@@ -23,6 +23,7 @@ import { DeviceWorkers } from '../../../src/frontend/fuse/device.ts';
 import { cleanDeadMount, describeMount, mountTree } from '../../../src/frontend/fuse/index.ts';
 import { FileTree } from './file-tree.ts';
 import type { FileSpec } from './file-tree.ts';
+import { LEAVE_OTHERS_MOUNTS } from '../../scenarios/namespace.ts';
 import { MountChild, Place } from './harness.ts';
 
 const run = promisify(execFile);
@@ -178,7 +179,10 @@ describe('a mount of the kernel driver', () => {
 
   test('an unmount says when another mount namespace still has the mount, and the process can end all the same', async () => {
     const child = await MountChild.start(place, { specs });
-    const other = spawn('unshare', ['-m', '--propagation', 'private', 'sleep', '60'], { stdio: 'ignore' });
+    const script = `${LEAVE_OTHERS_MOUNTS}; exec sleep 60`;
+    const other = spawn('unshare', ['-m', '--propagation', 'private', 'sh', '-c', script, place.mountpoint], {
+      stdio: 'ignore',
+    });
     const exits = Promise.all([once(child.process, 'exit'), once(other, 'exit')]);
     for (let waitedMs = 0; readFileSync(`/proc/${other.pid}/comm`, 'utf8') !== 'sleep\n'; waitedMs += 10) {
       assert.ok(waitedMs < 10_000 && other.exitCode === null, 'no mount namespace can be made here');
