@@ -3,7 +3,6 @@ import assert from 'node:assert/strict';
 import path from 'node:path';
 import { after, before, suite, test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
-import { buildGuest, guestCacheFolder } from '../../bench/guest/build.ts';
 import { isRunning } from '../../src/core/linux.ts';
 import { ask } from './console.ts';
 import { World } from './world.ts';
@@ -25,13 +24,7 @@ suite('a clone of a guest on two hosts', { skip: LONG ? false : 'a long test' },
   let sum = '';
 
   before(async () => {
-    const guest = await buildGuest({ guest: 'small', folder: path.join(guestCacheFolder(), 'small') });
-    assert.equal((await world.run('store', 'init', world.store)).code, 0);
-    await world.json(
-      ...(['store', 'import', world.store, guest.disk, 'small:1', '--kernel', guest.kernel] as const),
-      ...['--initrd', guest.initrd, '--label', `boot.cmdline=${guest.commandLine}`],
-      ...['--label', `boot.ready=${guest.readyText}`, '--label', 'machine.memory-mib=128'],
-    );
+    await world.storeWithGuest();
     server = await world.server('--accept-uploads');
     await world.mount(server.url, server);
     await second.mount(server.url, server);

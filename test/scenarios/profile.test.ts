@@ -3,7 +3,6 @@ import assert from 'node:assert/strict';
 import { readdirSync, rmSync } from 'node:fs';
 import path from 'node:path';
 import { after, before, suite, test } from 'node:test';
-import { buildGuest, guestCacheFolder } from '../../bench/guest/build.ts';
 import { World } from './world.ts';
 import type { ServerHandle } from './world.ts';
 
@@ -22,14 +21,7 @@ suite('profiles of boots', () => {
   let server: ServerHandle;
 
   before(async () => {
-    const guest = await buildGuest({ guest: 'small', folder: path.join(guestCacheFolder(), 'small') });
-    assert.equal((await world.run('store', 'init', world.store)).code, 0);
-    await world.json(
-      ...['store', 'import', world.store, guest.disk, 'small:1'],
-      ...['--kernel', guest.kernel, '--initrd', guest.initrd],
-      ...['--label', `boot.cmdline=${guest.commandLine}`, '--label', `boot.ready=${guest.readyText}`],
-      ...['--label', 'machine.memory-mib=128'],
-    );
+    await world.storeWithGuest();
     server = await world.server();
   });
   after(() => world.dispose());

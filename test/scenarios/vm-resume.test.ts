@@ -8,7 +8,6 @@ import { openSync, closeSync, readdirSync, readFileSync, writeSync } from 'node:
 import net from 'node:net';
 import path from 'node:path';
 import { after, before, suite, test } from 'node:test';
-import { buildGuest, guestCacheFolder } from '../../bench/guest/build.ts';
 import { isRunning } from '../../src/core/linux.ts';
 import { World } from './world.ts';
 import type { ServerHandle } from './world.ts';
@@ -30,13 +29,7 @@ suite('suspended VMs and checkpoints', () => {
   let server: ServerHandle;
 
   before(async () => {
-    const guest = await buildGuest({ guest: 'small', folder: path.join(guestCacheFolder(), 'small') });
-    assert.equal((await world.run('store', 'init', world.store)).code, 0);
-    await world.json(
-      ...['store', 'import', world.store, guest.disk, 'small:1', '--kernel', guest.kernel],
-      ...['--initrd', guest.initrd, '--label', `boot.cmdline=${guest.commandLine}`],
-      ...['--label', `boot.ready=${guest.readyText}`, '--label', 'machine.memory-mib=128'],
-    );
+    await world.storeWithGuest();
     server = await world.server('--accept-uploads');
     await world.mount(server.url, server);
   });

@@ -4,8 +4,6 @@ import { existsSync, readFileSync } from 'node:fs';
 import path from 'node:path';
 import { after, before, suite, test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
-import { buildGuest, guestCacheFolder } from '../../bench/guest/build.ts';
-import type { BuiltGuest } from '../../bench/guest/build.ts';
 import { isRunning } from '../../src/core/linux.ts';
 import { ask } from './console.ts';
 import { World } from './world.ts';
@@ -24,26 +22,9 @@ interface Vm {
 suite('VMs over clones', () => {
   const world = new World();
   let server: ServerHandle;
-  let guest: BuiltGuest;
 
   before(async () => {
-    guest = await buildGuest({ guest: 'small', folder: path.join(guestCacheFolder(), 'small') });
-    assert.equal((await world.run('store', 'init', world.store)).code, 0);
-    await world.json(
-      ...[
-        'store',
-        'import',
-        world.store,
-        guest.disk,
-        'small:1',
-        '--kernel',
-        guest.kernel,
-        '--initrd',
-        guest.initrd,
-      ],
-      ...['--label', `boot.cmdline=${guest.commandLine}`, '--label', `boot.ready=${guest.readyText}`],
-      ...['--label', 'machine.memory-mib=128'],
-    );
+    await world.storeWithGuest();
     server = await world.server();
     await world.mount(server.url, server);
   });

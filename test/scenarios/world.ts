@@ -20,6 +20,8 @@ import os from 'node:os';
 import path from 'node:path';
 import { createInterface } from 'node:readline';
 import { setTimeout as sleep } from 'node:timers/promises';
+import { buildGuest, guestCacheFolder } from '../../bench/guest/build.ts';
+import type { BuiltGuest } from '../../bench/guest/build.ts';
 import { isRunning } from '../../src/core/linux.ts';
 import { makeSshKey } from '../../proxy/ssh-key.ts';
 
@@ -54,6 +56,8 @@ export class World {
   readonly identity = path.join(this.folder, 'id_ed25519');
   readonly authorizedKeys = path.join(this.folder, 'authorized_keys');
   readonly environment: NodeJS.ProcessEnv;
+  /** Where servers listen. */
+  listen = '127.0.0.1';
   readonly #services: ChildProcess[] = [];
 
   /** Another host with the same key. */
@@ -69,6 +73,18 @@ export class World {
     writeFileSync(this.identity, keys.private, { mode: 0o600 });
     writeFileSync(this.authorizedKeys, keys.public + '\n');
     this.environment = { ...process.env, GRIDVFS_RUNTIME_DIR: path.join(this.folder, 'run') };
+  }
+
+  /** Makes the store, with the small guest in it as `small:1`. */
+  async storeWithGuest(...options: string[]): Promise<BuiltGuest> {
+    const guest = await buildGuest({ guest: 'small', folder: path.join(guestCacheFolder(), 'small') });
+    assert.equal((await this.run('store', 'init', this.store)).code, 0);
+    await this.json(
+      ...(['store', 'import', this.store, guest.disk, 'small:1', '--kernel', guest.kernel] as const),
+      ...['--initrd', guest.initrd, '--label', `boot.cmdline=${guest.commandLine}`],
+      ...['--label', `boot.ready=${guest.readyText}`, '--label', 'machine.memory-mib=128', ...options],
+    );
+    return guest;
   }
 
   /** Runs `gridvfs …` to its end. */
@@ -112,12 +128,20 @@ export class World {
     return outcome.stdout;
   }
 
-  /** `gridvfs server` with the ssh endpoint on a free loopback port. */
+  /** `gridvfs server` with the ssh endpoint on a free port. */
   async server(...options: string[]): Promise<ServerHandle> {
     const child = spawn(
       process.execPath,
       [
-        ...[MAIN, 'server', this.store, '--ssh', '127.0.0.1:0', '--authorized-keys', this.authorizedKeys],
+        ...[
+          MAIN,
+          'server',
+          this.store,
+          '--ssh',
+          `${this.listen}:0`,
+          '--authorized-keys',
+          this.authorizedKeys,
+        ],
         ...['--host-key', path.join(this.folder, 'host_key'), '--json', ...options],
       ],
       { stdio: ['ignore', 'pipe', 'inherit'], env: this.environment },
