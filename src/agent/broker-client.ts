@@ -4,7 +4,7 @@ import http from 'node:http';
 import https from 'node:https';
 import { createInterface } from 'node:readline';
 import type { ErrorCode } from '../core/errors.ts';
-import { asGridError, ERROR_CODES, GridError } from '../core/errors.ts';
+import { asGridError, errnoOf, ERROR_CODES, GridError } from '../core/errors.ts';
 
 export interface BrokerAddress {
   /** `https://host:port`, `http://127.0.0.1:port`, or `unix:/path` of its socket. */
@@ -145,7 +145,10 @@ export class BrokerClient {
     if (signal?.aborted) {
       return new GridError('timeout', `the broker at ${this.url} did not answer in time`, { cause: error });
     }
-    return asGridError(error, `cannot reach the broker at ${this.url}`, 'unreachable');
+    const what = `cannot reach the broker at ${this.url}`;
+    // A socket that is not there is a broker that does not run, not something that was asked for in vain.
+    if (errnoOf(error) === 'ENOENT') return new GridError('unreachable', what, { cause: error });
+    return asGridError(error, what, 'unreachable');
   }
 }
 

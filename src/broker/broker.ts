@@ -17,7 +17,9 @@ import { Hosts } from './hosts.ts';
 import { LEASE_TIMES, Loads } from './loads.ts';
 import type { LeaseTimes } from './loads.ts';
 import { Placement } from './placement.ts';
+import { Lives } from './lives.ts';
 import { Requests } from './requests.ts';
+import { Warming } from './warming.ts';
 
 const ROUND_EVERY_MS = 1_000;
 
@@ -33,6 +35,8 @@ export class Broker {
   readonly access: Access;
   readonly hosts: Hosts;
   readonly requests: Requests;
+  readonly lives: Lives;
+  readonly warming: Warming;
   readonly placement: Placement;
   readonly loads: Loads;
   /** `host:<id>`: orders may wait. `job:<id>`: something changed. `closed`. */
@@ -54,6 +58,8 @@ export class Broker {
     this.loads = new Loads(options.leaseTimes ?? LEASE_TIMES);
     this.hosts = new Hosts(db, this.loads, changed);
     this.requests = new Requests(db, changed);
+    this.lives = new Lives(db, this.requests, changed);
+    this.warming = new Warming(db, this.loads, this.requests, changed);
     this.placement = new Placement(db, this.loads, (host, job) => {
       this.events.emit(`host:${host}`);
       this.events.emit(`job:${job}`);
@@ -87,6 +93,8 @@ export class Broker {
     try {
       await this.hosts.expire();
       await this.placement.round();
+      await this.lives.orderCheckpoints();
+      await this.warming.round();
       // Orders that came otherwise (a stop): their hosts look for themselves when told.
       const open = await this.db.all<{ host: string }>(
         `SELECT DISTINCT host FROM orders WHERE state = 'open'`,

@@ -8,14 +8,16 @@
  *   VMs decides: a lost one that nobody replaced runs on, one that was replaced is ended there
  */
 import { GridError } from '../core/errors.ts';
-import type { HostFacts, HostReport, Lease, Order, OrderResult, ReportedVm } from '../core/grid.ts';
+import type { HostFacts, HostReport, Lease, Order, ReportedVm } from '../core/grid.ts';
 import { PLACED_VM, REPORT_EVERY_MS } from '../core/grid.ts';
 import { isName } from '../core/manifest.ts';
 import type { Principal } from './access.ts';
 import type { Database, Queries } from './database.ts';
 import { takeOffers } from './images.ts';
 import type { Loads } from './loads.ts';
-import { endVm, recountFutures } from './vm-table.ts';
+import { orderSuspend } from './lives.ts';
+import { takeResult } from './results.ts';
+import { endJobs, endVm, ON_HOST, placedAs, recountFutures, settleOrders } from './vm-table.ts';
 import type { VmRow } from './vm-table.ts';
 
 export interface HostInfo {
@@ -101,16 +103,16 @@ export class Hosts {
       jobs.clear();
       await this.#current(tx, principal, report);
       await tx.run('UPDATE hosts SET sequence = ? WHERE id = ?', report.sequence, report.host);
-      for (const result of report.results) await this.#takeResult(tx, report.host, result, jobs);
+      for (const result of report.results) await takeResult(tx, report.host, result, jobs);
       if (report.versions) await takeOffers(tx, report.host, report.versions);
       await this.#judge(tx, report, jobs);
       await recountFutures(tx, report.host);
       await this.#grant(tx, report.host, report.incarnation);
       const rows = await tx.all<{ id: string; generation: number }>(
-        `SELECT id, generation FROM vms WHERE host = ? AND state IN ('placed', 'running', 'stopping')`,
+        `SELECT id, generation FROM vms WHERE host = ? AND state IN (${ON_HOST})`,
         report.host,
       );
-      return rows.map((row) => `${row.id}.${row.generation}`);
+      return rows.map(placedAs);
     });
     this.#loads.take(report);
     if (jobs.size > 0) this.#changed(jobs);
@@ -148,80 +150,29 @@ export class Hosts {
     return rows.map((row) => JSON.parse(row.body) as Order);
   }
 
-  async #takeResult(tx: Queries, host: string, result: OrderResult, jobs: Set<string>): Promise<void> {
-    const [order] = await tx.all<{ kind: string; body: string; vm: string | null }>(
-      `SELECT kind, body, vm FROM orders WHERE id = ? AND host = ? AND state = 'open'`,
-      ...[result.order, host],
-    );
-    if (!order) return; // it was given up, or this result came before
-    await tx.run(
-      'UPDATE orders SET state = ?, error = ?, done_ms = ? WHERE id = ?',
-      ...[
-        result.error ? 'failed' : 'done',
-        result.error ? JSON.stringify(result.error) : null,
-        Date.now(),
-        result.order,
-      ],
-    );
-    if (order.vm === null) return;
-    const [vm] = await tx.all<VmRow>('SELECT * FROM vms WHERE id = ? AND host = ?', order.vm, host);
-    if (!vm) return;
-    const body = JSON.parse(order.body) as Extract<Order, { vm: string }>;
-    if (body.vm !== `${vm.id}.${vm.generation}`) return;
-    jobs.add(vm.job);
-    if (order.kind === 'stop') {
-      if (result.error) return this.#stopAgain(tx, host, vm, body);
-      return endVm(tx, vm, 'stopped');
-    }
-    if (result.error) {
-      // Another host may do better, unless the request itself is at fault.
-      const again =
-        result.error.code !== 'bad-request' && vm.generation < GENERATIONS_MAX && vm.wanted === 'running';
-      return endVm(tx, vm, again ? 'requested' : 'failed', result.error.message);
-    }
-    await tx.run(
-      `UPDATE vms SET state = 'running', timeline = ?, fetched_bytes = ? WHERE id = ? AND state = 'placed'`,
-      ...[JSON.stringify(result.timeline ?? {}), result.fetchedBytes ?? null, vm.id],
-    );
-    await tx.run(
-      'UPDATE usage SET fetched_bytes = ? WHERE vm = ? AND generation = ?',
-      ...[result.fetchedBytes ?? null, vm.id, vm.generation],
-    );
-  }
-
-  /** A host that could not stop a VM is told again: it stays `stopping` until it is gone. */
-  async #stopAgain(
-    tx: Queries,
-    host: string,
-    vm: VmRow,
-    body: Extract<Order, { vm: string }>,
-  ): Promise<void> {
-    const id = `${body.vm}.stop.${Date.now()}`;
-    await tx.run(
-      `INSERT INTO orders (id, host, vm, kind, body, state, created_ms) VALUES (?, ?, ?, 'stop', ?, 'open', ?)`,
-      ...[id, host, vm.id, JSON.stringify({ ...body, id }), Date.now()],
-    );
-  }
-
   /** Compares the VMs that the host should have with those that it says it has. */
   async #judge(tx: Queries, report: HostReport, jobs: Set<string>): Promise<void> {
     const there = new Map<string, ReportedVm>(
       report.vms.filter(({ name }) => PLACED_VM.test(name)).map((vm) => [vm.name, vm]),
     );
     const rows = await tx.all<VmRow>(
-      `SELECT * FROM vms WHERE host = ? AND state IN ('placed', 'running', 'stopping', 'lost') AND ended_ms IS NULL`,
+      `SELECT * FROM vms WHERE host = ? AND state IN (${ON_HOST}, 'lost') AND ended_ms IS NULL`,
       report.host,
     );
     for (const vm of rows) {
-      const seen = there.get(`${vm.id}.${vm.generation}`);
+      const seen = there.get(placedAs(vm));
       const alive = seen !== undefined && seen.state !== 'failed' && seen.state !== 'stopped';
       if (alive) {
         if (seen.consoleSocket !== undefined && vm.console !== seen.consoleSocket) {
           await tx.run('UPDATE vms SET console = ? WHERE id = ?', seen.consoleSocket, vm.id);
         }
-        if (vm.state !== 'lost') continue;
-        await tx.run(`UPDATE vms SET state = 'running', reason = NULL WHERE id = ?`, vm.id);
-        jobs.add(vm.job);
+        if (vm.state === 'lost') {
+          await tx.run(`UPDATE vms SET state = 'running', reason = NULL WHERE id = ?`, vm.id);
+          jobs.add(vm.job);
+        }
+        if (seen.state === 'suspended' && (vm.state === 'lost' || vm.state === 'running')) {
+          await this.#suspendedThere(tx, vm);
+        }
       } else if (vm.state === 'running') {
         jobs.add(vm.job);
         const reason = seen?.reason ?? 'its host does not have it any more';
@@ -230,8 +181,17 @@ export class Hosts {
         await endVm(tx, vm, 'lost', 'its host came back without it');
         jobs.add(vm.job);
       }
-      // 'placed' and 'stopping' wait for the result of their order.
+      // 'placed', 'suspending' and 'stopping' wait for the result of their order.
     }
+  }
+
+  /** Suspended there while the broker takes it for running: on its host's own command line, or by an order whose
+   * result was given up. It becomes a checkpoint that others can resume, too. */
+  async #suspendedThere(tx: Queries, vm: VmRow): Promise<void> {
+    const [open] = await tx.all(`SELECT id FROM orders WHERE vm = ? AND state = 'open' LIMIT 1`, vm.id);
+    if (open) return; // a checkpoint is being made: it goes on
+    await tx.run(`UPDATE vms SET state = 'suspending', wanted = 'suspended' WHERE id = ?`, vm.id);
+    await orderSuspend(tx, vm, null);
   }
 
   /** Takes hosts that were silent for too long out of service. True when VMs have to be placed again. */
@@ -246,18 +206,26 @@ export class Hosts {
         // A report may have come while this waited for its turn.
         if (!this.#loads.isSilent(id)) return;
         await tx.run(`UPDATE hosts SET state = 'silent' WHERE id = ?`, id);
+        const given = await tx.all<{ job: string }>(
+          `SELECT DISTINCT job FROM orders WHERE host = ? AND state = 'open' AND vm IS NULL AND job IS NOT NULL`,
+          id,
+        );
         await tx.run(
           `UPDATE orders SET state = 'void', done_ms = ? WHERE host = ? AND state = 'open'`,
           Date.now(),
           id,
         );
-        const vms = await tx.all<VmRow>(
-          `SELECT * FROM vms WHERE host = ? AND state IN ('placed', 'running', 'stopping')`,
-          id,
-        );
+        for (const { job } of given) {
+          await settleOrders(tx, job);
+          jobs.add(job);
+        }
+        const vms = await tx.all<VmRow>(`SELECT * FROM vms WHERE host = ? AND state IN (${ON_HOST})`, id);
         for (const vm of vms) {
           jobs.add(vm.job);
-          if (vm.restart === 1 && vm.wanted === 'running') {
+          const error = { code: 'unreachable' as const, message: `host ${id} fell silent` };
+          for (const job of await endJobs(tx, vm.id, 'all', { error })) jobs.add(job);
+          if (vm.restart === 1 && vm.wanted !== 'stopped') {
+            await tx.run(`UPDATE vms SET wanted = 'running' WHERE id = ?`, vm.id);
             await endVm(tx, vm, 'requested', `host ${id} fell silent`);
             again = true;
           } else {
@@ -307,7 +275,7 @@ export class Hosts {
       vms: number;
     }>(
       `SELECT h.*, f.memory_bytes AS future_memory, f.vcpus AS future_vcpus, f.machines,
-         (SELECT count(*) FROM vms v WHERE v.host = h.id AND v.state IN ('placed', 'running', 'stopping')) AS vms
+         (SELECT count(*) FROM vms v WHERE v.host = h.id AND v.state IN (${ON_HOST})) AS vms
        FROM hosts h LEFT JOIN futures f ON f.host = h.id ORDER BY h.id`,
     );
     const networks = await this.#db.all<{ host: string; network: string }>(
@@ -333,6 +301,3 @@ export class Hosts {
     }));
   }
 }
-
-/** Placements of one VM at most, when hosts fail to start it. */
-const GENERATIONS_MAX = 5;

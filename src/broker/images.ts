@@ -4,6 +4,7 @@
  * with, and operators.
  */
 import { GridError } from '../core/errors.ts';
+import { CHECKPOINT_IMAGE } from '../core/grid.ts';
 import type { OfferedVersion } from '../core/grid.ts';
 import type { Principal } from './access.ts';
 import type { Database, Queries, Value } from './database.ts';
@@ -36,6 +37,8 @@ export async function takeOffers(
 ): Promise<void> {
   await db.run('DELETE FROM host_versions WHERE host = ?', host);
   for (const one of versions) {
+    // What a broker's VMs were suspended to is nobody's to start but their own.
+    if (CHECKPOINT_IMAGE.test(one.name)) continue;
     await db.run(
       'INSERT INTO images (name, created_ms) VALUES (?, ?) ON CONFLICT (name) DO NOTHING',
       ...[one.name, Date.now()],
@@ -64,6 +67,28 @@ export async function takeOffers(
       ...[host, one.name, one.version],
     );
   }
+}
+
+/** Notes that `principal` makes a new version: the image becomes its own, unless it is already. Throws denied, exists. */
+export async function claimVersion(
+  tx: Queries,
+  principal: Principal,
+  name: string,
+  version: string,
+): Promise<void> {
+  const [image] = await tx.all<{ owner: string | null }>('SELECT owner FROM images WHERE name = ?', name);
+  if (!image) {
+    await tx.run(
+      'INSERT INTO images (name, owner, created_ms) VALUES (?, ?, ?)',
+      ...[name, principal.user, Date.now()],
+    );
+    return;
+  }
+  if (image.owner !== principal.user && principal.role !== 'operator') {
+    throw new GridError('denied', `an image '${name}' is there and is not yours; choose another name`);
+  }
+  const known = await tx.all('SELECT version FROM versions WHERE image = ? AND version = ?', name, version);
+  if (known.length > 0) throw new GridError('exists', `image '${name}' has a version '${version}' already`);
 }
 
 /** Versions that `principal` may use. */

@@ -11,3 +11,4 @@ export type { Explanation } from './placement.ts';
 export type { Role, TokenInfo } from './access.ts';
 export { ROLES } from './access.ts';
 export { POLICIES } from './policies/hosts.ts';
+export type { ScheduleInfo } from './warming.ts';

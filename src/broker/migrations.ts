@@ -81,4 +81,37 @@ export const MIGRATIONS: readonly (readonly string[])[] = [
        started_ms BIGINT NOT NULL, ended_ms BIGINT, PRIMARY KEY (vm, generation))`,
     `CREATE INDEX usage_owner ON usage (owner, started_ms)`,
   ],
+  [
+    // The last checkpoint in the store, and what a host must be to resume it.
+    `ALTER TABLE vms ADD COLUMN checkpoint TEXT`,
+    `ALTER TABLE vms ADD COLUMN checkpoint_manifest TEXT`,
+    `ALTER TABLE vms ADD COLUMN checkpoint_accelerator TEXT`,
+    `ALTER TABLE vms ADD COLUMN checkpoint_ms BIGINT`,
+    `ALTER TABLE vms ADD COLUMN checkpoint_every_ms BIGINT`,
+    // Where the next placement has to be, or must not be.
+    `ALTER TABLE vms ADD COLUMN target TEXT`,
+    `ALTER TABLE vms ADD COLUMN avoid TEXT`,
+    // Starts that failed since it last ran, and when that began.
+    `ALTER TABLE vms ADD COLUMN failures BIGINT NOT NULL DEFAULT 0`,
+    `ALTER TABLE vms ADD COLUMN ran_ms BIGINT`,
+    `ALTER TABLE usage ADD COLUMN stored_bytes BIGINT`,
+    // Jobs that are about one VM or image; the state of a request is that of its VMs.
+    `ALTER TABLE jobs ADD COLUMN vm TEXT`,
+    `ALTER TABLE jobs ADD COLUMN state TEXT`,
+    `ALTER TABLE jobs ADD COLUMN error TEXT`,
+    `ALTER TABLE jobs ADD COLUMN result TEXT`,
+    `ALTER TABLE jobs ADD COLUMN ended_ms BIGINT`,
+    `CREATE INDEX jobs_vm ON jobs (vm, state)`,
+    `ALTER TABLE orders ADD COLUMN job TEXT`,
+    `CREATE INDEX orders_vm ON orders (vm, state)`,
+    `CREATE INDEX vms_name ON vms (name, ended_ms)`,
+    `CREATE INDEX orders_job ON orders (job, state)`,
+    `CREATE TABLE schedules (
+       id TEXT PRIMARY KEY, owner TEXT NOT NULL, image TEXT NOT NULL, every_ms BIGINT NOT NULL, hosts BIGINT NOT NULL,
+       due_ms BIGINT NOT NULL, warmed TEXT, warmed_manifest TEXT)`,
+    // Compositional queries read nothing but these.
+    `DROP INDEX vms_network`,
+    `CREATE INDEX vms_network ON vms (network, state, memory_bytes, vcpus, owner, id)`,
+    `CREATE INDEX vms_memory ON vms (state, memory_bytes, vcpus, owner, id, network)`,
+  ],
 ];

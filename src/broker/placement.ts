@@ -3,9 +3,8 @@
  * future, writes the order, and says who carries it: a broker that is killed before has changed nothing, one that is
  * killed after finds the order still open. Runs one at a time; whoever wakes it while it runs makes it run again.
  */
-import type { Order } from '../core/grid.ts';
 import type { Principal } from './access.ts';
-import type { Database, Queries } from './database.ts';
+import type { Database, Queries, Value } from './database.ts';
 import { listImages } from './images.ts';
 import type { Loads } from './loads.ts';
 import { hostMisfit, rankHosts } from './policies/hosts.ts';
@@ -14,6 +13,7 @@ import { misfit, rankVersions } from './policies/versions.ts';
 import type { RankedVersion } from './policies/versions.ts';
 import { MEMORY_BYTES_DEFAULT, needOf } from './requests.ts';
 import type { VmRequest } from './requests.ts';
+import { giveOrder, placedAs } from './vm-table.ts';
 import type { VmRow } from './vm-table.ts';
 
 /** A guest that did not answer by then is taken for failed. */
@@ -28,6 +28,15 @@ export interface Explanation {
   readonly rejectedHosts: readonly { host: string; why: string }[];
   /** What a request would get now; missing where nothing fits. */
   readonly choice?: { readonly image: string; readonly host: string };
+}
+
+/** What a machine is started from: an image version, or a checkpoint of one. */
+interface Start {
+  readonly image: string;
+  readonly version: string;
+  /** Whose warm bytes count. */
+  readonly manifest: string;
+  readonly checkpoint?: string;
 }
 
 export class Placement {
@@ -58,8 +67,8 @@ export class Placement {
     const [now] = await tx.all<VmRow>(`SELECT * FROM vms WHERE id = ? AND state = 'requested'`, vm.id);
     if (!now) return undefined;
     const need = hostNeed(request);
-    for (const version of await this.#versions(tx, { user: vm.owner, role: 'user' }, request)) {
-      const [best] = rankHosts(await this.#hosts(tx, version, request, vm.id), need);
+    for (const start of await this.#starts(tx, now, request)) {
+      const [best] = rankHosts(await this.#hosts(tx, start, request, now), need);
       if (!best) continue;
       const taken = await tx.run(
         `UPDATE futures SET memory_bytes = memory_bytes - ?, vcpus = vcpus - ?, machines = machines - 1
@@ -69,26 +78,23 @@ export class Placement {
       if (taken === 0) continue;
       const nowMs = Date.now();
       const generation = now.generation + 1;
-      const placed = `${vm.id}.${generation}`;
-      const order: Order = {
+      const placed = placedAs({ id: vm.id, generation });
+      await tx.run(
+        `UPDATE vms SET state = 'placed', reason = ?, host = ?, image = ?, version = ?, generation = ?, placed_ms = ? WHERE id = ?`,
+        ...[best.why, best.host, start.image, start.version, generation, nowMs, vm.id],
+      );
+      await giveOrder(tx, best.host, vm.id, {
         id: `${placed}.run`,
         kind: 'run',
         vm: placed,
-        image: `${version.image}:${version.version}`,
+        image: `${start.image}:${start.version}`,
         memoryBytes: need.memoryBytes,
         vcpus: need.vcpus,
         network: 'user',
         restart: vm.restart === 1,
         readyTimeoutMs: READY_TIMEOUT_MS,
-      };
-      await tx.run(
-        `UPDATE vms SET state = 'placed', reason = ?, host = ?, image = ?, version = ?, generation = ?, placed_ms = ? WHERE id = ?`,
-        ...[best.why, best.host, version.image, version.version, generation, nowMs, vm.id],
-      );
-      await tx.run(
-        `INSERT INTO orders (id, host, vm, kind, body, state, created_ms) VALUES (?, ?, ?, 'run', ?, 'open', ?)`,
-        ...[order.id, best.host, vm.id, JSON.stringify(order), nowMs],
-      );
+        ...(start.checkpoint === undefined ? {} : { checkpoint: start.checkpoint }),
+      });
       await tx.run(
         `INSERT INTO virtualization (virtual_kind, virtual_id, physical_kind, physical_id, since_ms)
          VALUES ('vm', ?, 'host', ?, ?)`,
@@ -100,9 +106,24 @@ export class Placement {
       );
       return best.host;
     }
-    const why = 'no host that is up offers a fitting image and has room; it is placed when one does';
+    const where =
+      now.target === null ? 'no host that is up' : `host ${now.target} is not up, or not one that`;
+    const why = `${where} offers a fitting image and has room; it is placed when one does`;
     if (now.reason !== why) await tx.run('UPDATE vms SET reason = ? WHERE id = ?', why, vm.id);
     return undefined;
+  }
+
+  /** What the VM may start from, best first: its last checkpoint, where there is one, and nothing else then. */
+  async #starts(tx: Queries, vm: VmRow, request: VmRequest): Promise<Start[]> {
+    if (vm.checkpoint === null) return this.#versions(tx, { user: vm.owner, role: 'user' }, request);
+    return [
+      {
+        image: vm.image!,
+        version: vm.version!,
+        manifest: vm.checkpoint_manifest!,
+        checkpoint: vm.checkpoint,
+      },
+    ];
   }
 
   async #candidates(tx: Queries, principal: Principal) {
@@ -120,11 +141,23 @@ export class Placement {
 
   async #hosts(
     tx: Queries,
-    version: RankedVersion,
+    start: Start,
     request: VmRequest,
-    vm: string,
+    vm: VmRow | undefined,
   ): Promise<HostCandidate[]> {
-    const onNetwork = 'AND EXISTS (SELECT 1 FROM host_networks n WHERE n.host = h.id AND n.network = ?)';
+    const conditions: string[] = [];
+    const values: Value[] = [];
+    const add = (text: string, value: Value) => {
+      conditions.push(`AND ${text}`);
+      values.push(value);
+    };
+    if (request.network !== undefined) {
+      add('EXISTS (SELECT 1 FROM host_networks n WHERE n.host = h.id AND n.network = ?)', request.network);
+    }
+    if (vm?.target) add('h.id = ?', vm.target);
+    if (vm?.avoid) add('h.id <> ?', vm.avoid);
+    // Another one would refuse the state of its processor.
+    if (start.checkpoint !== undefined) add('h.accelerator = ?', vm?.checkpoint_accelerator ?? null);
     const rows = await tx.all<{
       id: string;
       memory_bytes: number;
@@ -133,11 +166,12 @@ export class Placement {
       failures: number;
     }>(
       `SELECT h.id, f.memory_bytes, f.vcpus, f.machines,
-         (SELECT count(*) FROM orders o WHERE o.vm = ? AND o.host = h.id AND o.kind = 'run' AND o.state = 'failed') AS failures
+         (SELECT count(*) FROM orders o WHERE o.vm = ? AND o.host = h.id AND o.kind = 'run' AND o.state = 'failed'
+            AND o.created_ms >= ?) AS failures
        FROM hosts h JOIN futures f ON f.host = h.id
          JOIN host_versions o ON o.host = h.id AND o.image = ? AND o.version = ?
-       WHERE h.state = 'up' AND h.is_virtual = 0 ${request.network === undefined ? '' : onNetwork}`,
-      ...[vm, version.image, version.version, ...(request.network === undefined ? [] : [request.network])],
+       WHERE h.state = 'up' AND h.is_virtual = 0 ${conditions.join(' ')}`,
+      ...[vm?.id ?? '', vm?.ran_ms ?? 0, start.image, start.version, ...values],
     );
     return rows.map((row) => {
       const { load, warmBytes } = this.#loads.of(row.id);
@@ -146,7 +180,7 @@ export class Placement {
         memoryBytes: row.memory_bytes,
         vcpus: row.vcpus,
         machines: row.machines,
-        warmBytes: warmBytes[version.manifest] ?? 0,
+        warmBytes: warmBytes[start.manifest] ?? 0,
         load,
         failedBefore: row.failures > 0,
       };
@@ -163,7 +197,7 @@ export class Placement {
     let rejectedHosts: { host: string; why: string }[] = [];
     let choice: { image: string; host: string } | undefined;
     for (const version of versions) {
-      const all = await this.#hosts(this.#db, version, request, '');
+      const all = await this.#hosts(this.#db, version, request, undefined);
       hosts = rankHosts(all, hostNeed(request));
       rejectedHosts = all.flatMap((host) => {
         const why = hostMisfit(host, hostNeed(request));

@@ -1,11 +1,10 @@
 /**
- * What users ask for: VMs, and their end. A request is accepted in one transaction with everything that is needed to
+ * What users ask for: VMs, and what became of it. A request is accepted in one transaction with everything that is needed to
  * carry it out later, so an accepted one survives whatever happens to the broker; `placement.ts` carries it out.
  */
 import { createHash, randomBytes } from 'node:crypto';
 import { GridError } from '../core/errors.ts';
 import { GIB, MIB } from '../core/limits.ts';
-import type { Order } from '../core/grid.ts';
 import type { Principal } from './access.ts';
 import type { Database, Queries, Value } from './database.ts';
 import { listImages } from './images.ts';
@@ -13,7 +12,7 @@ import { misfit } from './policies/versions.ts';
 import type { VersionNeed } from './policies/versions.ts';
 import type { Policy } from './policies/hosts.ts';
 import { inRange } from './policies/labels.ts';
-import { endVm } from './vm-table.ts';
+import { placedAs } from './vm-table.ts';
 import type { VmRow } from './vm-table.ts';
 
 export interface VmRequest {
@@ -34,9 +33,13 @@ export interface VmRequest {
   readonly policy?: Policy;
   /** Placed again when its host falls silent or the VM dies. */
   readonly restart?: boolean;
+  /** A checkpoint this often: what `restart` goes on from. */
+  readonly checkpointEveryMs?: number;
 }
 
 export const COUNT_MAX = 1000;
+/** A checkpoint stops its guest for a moment, and fills the store. */
+export const CHECKPOINT_EVERY_MS_MIN = 10_000;
 export const MEMORY_BYTES_DEFAULT = 512 * MIB;
 export const MEMORY_BYTES_MAX = 4096 * GIB;
 /** Idempotency keys are kept this long. */
@@ -60,6 +63,9 @@ export interface VmInfo {
   readonly timeline?: Readonly<Record<string, number>>;
   readonly fetchedBytes?: number;
   readonly console?: string;
+  /** Its last checkpoint, and when that was made. */
+  readonly checkpoint?: string;
+  readonly checkpointed?: string;
   readonly created: string;
 }
 
@@ -71,6 +77,25 @@ export interface JobInfo {
   readonly total: number;
   readonly created: string;
   readonly vms: readonly VmInfo[];
+  /** Why it failed, where it is about one VM or image. */
+  readonly error?: JobError;
+  readonly result?: Readonly<Record<string, unknown>>;
+}
+
+interface JobError {
+  readonly code: string;
+  readonly message: string;
+}
+
+interface JobRow {
+  readonly id: string;
+  readonly kind: string;
+  readonly created_ms: number;
+  readonly vm: string | null;
+  /** Null of requests: that of their VMs. */
+  readonly state: 'running' | 'done' | 'failed' | null;
+  readonly error: string | null;
+  readonly result: string | null;
 }
 
 /** The labels that a request needs, however it names them. */
@@ -94,7 +119,7 @@ function vmInfo(row: VmRow): VmInfo {
     job: row.job,
     state: row.state,
     ...(row.image === null ? {} : { image: `${row.image}:${row.version}` }),
-    ...(row.host === null ? {} : { host: row.host, placedAs: `${row.id}.${row.generation}` }),
+    ...(row.host === null ? {} : { host: row.host, placedAs: placedAs(row) }),
     ...(row.network === null ? {} : { network: row.network }),
     ...(row.reason === null ? {} : { reason: row.reason }),
     memoryBytes: row.memory_bytes,
@@ -103,6 +128,8 @@ function vmInfo(row: VmRow): VmInfo {
     ...(row.timeline === null ? {} : { timeline: JSON.parse(row.timeline) as Record<string, number> }),
     ...(row.fetched_bytes === null ? {} : { fetchedBytes: row.fetched_bytes }),
     ...(row.console === null ? {} : { console: row.console }),
+    ...(row.checkpoint === null ? {} : { checkpoint: row.checkpoint }),
+    ...(row.checkpoint_ms === null ? {} : { checkpointed: new Date(row.checkpoint_ms).toISOString() }),
     created: new Date(row.created_ms).toISOString(),
   };
 }
@@ -143,77 +170,111 @@ export class Requests {
         `no image serves this request${reasons.length === 0 ? ': no host offers any' : `: ${reasons.join('; ')}`}`,
       );
     }
-    const body = JSON.stringify(request);
-    const hash = createHash('sha256').update(body).digest('hex');
     const nowMs = Date.now();
-    const id = await this.#db.transaction(async (tx) => {
-      if (key !== undefined) {
-        const [known] = await tx.all<{ job: string; request_hash: string }>(
-          'SELECT job, request_hash FROM idempotency_keys WHERE owner = ? AND name = ? AND created_ms > ?',
-          ...[principal.user, key, nowMs - KEY_KEPT_MS],
-        );
-        if (known && known.request_hash !== hash) {
-          throw new GridError('exists', `the idempotency key '${key}' belongs to another request`);
+    const id = await this.#db.transaction((tx) =>
+      this.once(tx, principal, key, request, 'request', null, async (job) => {
+        const count = request.count ?? 1;
+        for (let index = 1; index <= count; index++) {
+          const vm = `g${randomBytes(6).toString('hex')}`;
+          const name =
+            request.name === undefined ? vm : count === 1 ? request.name : `${request.name}-${index}`;
+          await tx.run(
+            `INSERT INTO vms (id, owner, job, name, network, generation, state, memory_bytes, vcpus, restart,
+             checkpoint_every_ms, wanted, created_ms)
+           VALUES (?, ?, ?, ?, ?, 0, 'requested', ?, ?, ?, ?, 'running', ?)`,
+            ...[
+              vm,
+              principal.user,
+              job,
+              name,
+              request.network ?? null,
+              request.memoryBytes ?? MEMORY_BYTES_DEFAULT,
+            ],
+            ...[request.vcpus ?? 1, request.restart ? 1 : 0, request.checkpointEveryMs ?? null, nowMs],
+          );
         }
-        if (known) return known.job;
-      }
-      const job = `job-${randomBytes(6).toString('hex')}`;
-      await tx.run(
-        `INSERT INTO jobs (id, owner, kind, body, created_ms) VALUES (?, ?, 'request', ?, ?)`,
-        ...[job, principal.user, body, nowMs],
-      );
-      if (key !== undefined) {
-        await tx.run('DELETE FROM idempotency_keys WHERE created_ms <= ?', nowMs - KEY_KEPT_MS);
-        await tx.run(
-          'INSERT INTO idempotency_keys (owner, name, request_hash, job, created_ms) VALUES (?, ?, ?, ?, ?)',
-          ...[principal.user, key, hash, job, nowMs],
-        );
-      }
-      const count = request.count ?? 1;
-      for (let index = 1; index <= count; index++) {
-        const vm = `g${randomBytes(6).toString('hex')}`;
-        const name =
-          request.name === undefined ? vm : count === 1 ? request.name : `${request.name}-${index}`;
-        await tx.run(
-          `INSERT INTO vms (id, owner, job, name, network, generation, state, memory_bytes, vcpus, restart, wanted, created_ms)
-           VALUES (?, ?, ?, ?, ?, 0, 'requested', ?, ?, ?, 'running', ?)`,
-          ...[
-            vm,
-            principal.user,
-            job,
-            name,
-            request.network ?? null,
-            request.memoryBytes ?? MEMORY_BYTES_DEFAULT,
-          ],
-          ...[request.vcpus ?? 1, request.restart ? 1 : 0, nowMs],
-        );
-      }
-      return job;
-    });
+      }),
+    );
     this.#wake([id]);
     return this.job(principal, id);
   }
 
+  /**
+   * Makes a job and does `begin` with its id, in the caller's transaction. With a `key`, the same call again gives the
+   * same job; another call under the key is refused with exists.
+   */
+  async once(
+    tx: Queries,
+    principal: Principal,
+    key: string | undefined,
+    body: object,
+    kind: string,
+    vm: string | null,
+    begin: (job: string) => Promise<void>,
+  ): Promise<string> {
+    const nowMs = Date.now();
+    const text = JSON.stringify(body);
+    const hash = createHash('sha256').update(text).digest('hex');
+    if (key !== undefined) {
+      const [known] = await tx.all<{ job: string; request_hash: string }>(
+        'SELECT job, request_hash FROM idempotency_keys WHERE owner = ? AND name = ? AND created_ms > ?',
+        ...[principal.user, key, nowMs - KEY_KEPT_MS],
+      );
+      if (known && known.request_hash !== hash) {
+        throw new GridError('exists', `the idempotency key '${key}' belongs to another request`);
+      }
+      if (known) return known.job;
+    }
+    const job = `job-${randomBytes(6).toString('hex')}`;
+    await tx.run(
+      'INSERT INTO jobs (id, owner, kind, body, created_ms, vm, state) VALUES (?, ?, ?, ?, ?, ?, ?)',
+      ...[job, principal.user, kind, text, nowMs, vm, kind === 'request' ? null : 'running'],
+    );
+    if (key !== undefined) {
+      await tx.run('DELETE FROM idempotency_keys WHERE created_ms <= ?', nowMs - KEY_KEPT_MS);
+      await tx.run(
+        'INSERT INTO idempotency_keys (owner, name, request_hash, job, created_ms) VALUES (?, ?, ?, ?, ?)',
+        ...[principal.user, key, hash, job, nowMs],
+      );
+    }
+    await begin(job);
+    return job;
+  }
+
   async job(principal: Principal, id: string): Promise<JobInfo> {
     const { sql, values } = owned(principal);
-    const [row] = await this.#db.all<{ id: string; kind: string; created_ms: number }>(
-      `SELECT id, kind, created_ms FROM jobs WHERE id = ? AND ${sql}`,
+    const [row] = await this.#db.all<JobRow>(
+      `SELECT id, kind, created_ms, vm, state, error, result FROM jobs WHERE id = ? AND ${sql}`,
       ...[id, ...values],
     );
     if (!row) throw new GridError('not-found', `there is no job '${id}'`);
-    const vms = (await this.#db.all<VmRow>('SELECT * FROM vms WHERE job = ? ORDER BY name, id', id)).map(
-      vmInfo,
-    );
+    const [column, value] = row.kind === 'request' ? ['job', id] : ['id', row.vm];
+    const vms = (
+      await this.#db.all<VmRow>(`SELECT * FROM vms WHERE ${column} = ? ORDER BY name, id`, value)
+    ).map(vmInfo);
+    const common = { id, kind: row.kind, created: new Date(row.created_ms).toISOString(), vms };
+    if (row.state !== null) {
+      const [orders] = await this.#db.all<{ total: number; done: number }>(
+        `SELECT count(*) AS total, count(done_ms) AS done FROM orders WHERE job = ? AND vm IS NULL`,
+        id,
+      );
+      const several = orders!.total > 0;
+      return {
+        ...common,
+        state: row.state,
+        done: several ? orders!.done : row.state === 'running' ? 0 : 1,
+        total: several ? orders!.total : 1,
+        ...(row.error === null ? {} : { error: JSON.parse(row.error) as JobError }),
+        ...(row.result === null ? {} : { result: JSON.parse(row.result) as Record<string, unknown> }),
+      };
+    }
     const settled = vms.filter(({ state }) => !['requested', 'placed'].includes(state));
     const failed = vms.some(({ state }) => state === 'failed');
     return {
-      id,
-      kind: row.kind,
+      ...common,
       state: settled.length < vms.length ? 'running' : failed ? 'failed' : 'done',
       done: settled.length,
       total: vms.length,
-      created: new Date(row.created_ms).toISOString(),
-      vms,
     };
   }
 
@@ -228,7 +289,8 @@ export class Requests {
     return rows.map(vmInfo);
   }
 
-  async #find(queries: Queries, principal: Principal, which: string): Promise<VmRow> {
+  /** By id, or by name where one of that name is there. Throws not-found, bad-request. */
+  async find(queries: Queries, principal: Principal, which: string): Promise<VmRow> {
     const { sql, values } = owned(principal);
     const rows = await queries.all<VmRow>(
       `SELECT * FROM vms WHERE (id = ? OR (name = ? AND ended_ms IS NULL)) AND ${sql} LIMIT 2`,
@@ -241,36 +303,7 @@ export class Requests {
   }
 
   async vm(principal: Principal, which: string): Promise<VmInfo> {
-    return vmInfo(await this.#find(this.#db, principal, which));
-  }
-
-  /** Asks for the end of a VM, by id or name. Done when its state is `stopped`. Idempotent. */
-  async stop(principal: Principal, which: string, graceMs: number): Promise<VmInfo> {
-    const row = await this.#db.transaction(async (tx) => {
-      const vm = await this.#find(tx, principal, which);
-      if (vm.ended_ms !== null || vm.state === 'stopping') return vm;
-      await tx.run(`UPDATE vms SET wanted = 'stopped' WHERE id = ?`, vm.id);
-      if (vm.state === 'requested' || vm.state === 'lost') {
-        // A lost one whose host comes back is ended there: it is not among those that may run.
-        await endVm(tx, vm, 'stopped');
-      } else {
-        const placed = `${vm.id}.${vm.generation}`;
-        const order: Order = { id: `${placed}.stop`, kind: 'stop', vm: placed, graceMs };
-        await tx.run(
-          `UPDATE orders SET state = 'void', done_ms = ? WHERE vm = ? AND state = 'open'`,
-          Date.now(),
-          vm.id,
-        );
-        await tx.run(
-          `INSERT INTO orders (id, host, vm, kind, body, state, created_ms) VALUES (?, ?, ?, 'stop', ?, 'open', ?)`,
-          ...[order.id, vm.host, vm.id, JSON.stringify(order), Date.now()],
-        );
-        await tx.run(`UPDATE vms SET state = 'stopping' WHERE id = ?`, vm.id);
-      }
-      return { ...vm, state: 'stopping' as const };
-    });
-    this.#wake([row.job]);
-    return this.vm(principal, row.id);
+    return vmInfo(await this.find(this.#db, principal, which));
   }
 
   /** Time, memory and bytes of VMs, those that run still up to now. */
@@ -283,6 +316,7 @@ export class Requests {
       host: string;
       memory_bytes: number;
       fetched_bytes: number | null;
+      stored_bytes: number | null;
       started_ms: number;
       ended_ms: number | null;
     }>(`SELECT * FROM usage WHERE ${sql} ORDER BY started_ms, vm LIMIT ${LISTED_MAX}`, ...values);
@@ -295,6 +329,7 @@ export class Requests {
       seconds: ((row.ended_ms ?? nowMs) - row.started_ms) / 1000,
       memoryByteSeconds: (((row.ended_ms ?? nowMs) - row.started_ms) / 1000) * row.memory_bytes,
       fetchedBytes: row.fetched_bytes ?? 0,
+      storedBytes: row.stored_bytes ?? 0,
       running: row.ended_ms === null,
     }));
   }

@@ -2,7 +2,9 @@
 import { IMAGE_BYTES_MAX, LABEL_LENGTH_MAX, LABELS_MAX, MIB, NAME_LENGTH_MAX } from '../core/limits.ts';
 import { ROLES } from './access.ts';
 import { POLICIES } from './policies/hosts.ts';
-import { COUNT_MAX, MEMORY_BYTES_MAX } from './requests.ts';
+import { CHECKPOINT_EVERY_MS_MIN, COUNT_MAX, MEMORY_BYTES_MAX } from './requests.ts';
+import { VM_STATES } from './vm-table.ts';
+import { SCHEDULE_EVERY_MS_MIN, WARM_HOSTS_MAX } from './warming.ts';
 
 const text = { type: 'string' };
 const integer = { type: 'integer' };
@@ -66,6 +68,7 @@ export const vmRequest = object({
   network: name,
   policy: { type: 'string', enum: POLICIES },
   restart: boolean,
+  checkpointEveryMs: { type: 'integer', minimum: CHECKPOINT_EVERY_MS_MIN, maximum: 7 * 24 * 3_600_000 },
 });
 
 export const vm = answer({
@@ -73,10 +76,7 @@ export const vm = answer({
   name: text,
   owner: text,
   job: text,
-  state: {
-    type: 'string',
-    enum: ['requested', 'placed', 'running', 'stopping', 'stopped', 'failed', 'lost'],
-  },
+  state: { type: 'string', enum: VM_STATES },
   image: text,
   host: text,
   placedAs: text,
@@ -87,6 +87,8 @@ export const vm = answer({
   timeline: { type: 'object', additionalProperties: number },
   fetchedBytes: integer,
   console: text,
+  checkpoint: text,
+  checkpointed: text,
   created: text,
 });
 
@@ -98,6 +100,8 @@ export const job = answer({
   total: integer,
   created: text,
   vms: list(vm),
+  error: answer({ code: text, message: text }),
+  result: answer({}),
 });
 
 const why = answer({ reference: text, host: text, why: text });
@@ -191,6 +195,10 @@ const orderResult = object(
     error: object({ code: name, message: { type: 'string', maxLength: 64 * 1024 } }, ['code', 'message']),
     timeline: object({ clonedMs: number, startedMs: number, readyMs: number }),
     fetchedBytes: { type: 'integer', minimum: 0 },
+    made: object({ manifest: digest, storedBytes: { type: 'integer', minimum: 0 } }, [
+      'manifest',
+      'storedBytes',
+    ]),
   },
   ['order'],
 );
@@ -230,12 +238,49 @@ export const hostReport = object(
 export const lease = answer({ leaseMs: number, reportEveryMs: number, vms: list(text) });
 export const order = answer({ id: text, kind: text, vm: text, image: text });
 export const stopRequest = object({ graceMs: milliseconds });
+export const placeRequest = object({ host: name });
+export const nothing = object({});
+export const commitRequest = object(
+  {
+    reference: { ...reference, pattern: '^[a-z0-9][a-z0-9._-]*:[a-z0-9][a-z0-9._-]*$' },
+    labels: map({ type: 'string', maxLength: LABEL_LENGTH_MAX }),
+  },
+  ['reference'],
+);
+export const warmRequest = object(
+  { version: name, hosts: { type: 'integer', minimum: 1, maximum: WARM_HOSTS_MAX } },
+  ['version'],
+);
+export const scheduleRequest = object(
+  {
+    image: name,
+    everyMs: { type: 'integer', minimum: SCHEDULE_EVERY_MS_MIN, maximum: 30 * 24 * 3_600_000 },
+    hosts: { type: 'integer', minimum: 0, maximum: WARM_HOSTS_MAX },
+  },
+  ['image', 'everyMs'],
+);
+export const schedule = answer({
+  id: text,
+  image: text,
+  everyMs: integer,
+  hosts: integer,
+  next: text,
+  warmed: text,
+});
+/** With a call that makes a job: the same again is the same job. */
+export const keyHeaders = {
+  type: 'object',
+  properties: { 'idempotency-key': { type: 'string', minLength: 1, maxLength: 200 } },
+};
 export const usage = answer({
   vm: text,
   owner: text,
   host: text,
   seconds: number,
   memoryByteSeconds: number,
+  fetchedBytes: integer,
+  storedBytes: integer,
+  running: boolean,
 });
 
 const found = answer({ id: text, memoryBytes: integer, vcpus: integer, network: text });

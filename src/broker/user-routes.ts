@@ -2,8 +2,8 @@
 import type { FastifyInstance } from 'fastify';
 import type { Role } from './access.ts';
 import type { Broker } from './broker.ts';
-import { changeImage, listImages } from './images.ts';
-import type { ImageChange } from './images.ts';
+import { lifeRoutes } from './life-routes.ts';
+import { imageRoutes } from './image-routes.ts';
 import type { VmRequest } from './requests.ts';
 import { answerQuery, querySchema } from './query/index.ts';
 import type { Query } from './query/index.ts';
@@ -15,8 +15,6 @@ const operators = { roles: ['operator'] as const };
 
 /** A stream sends something this often, so that whoever is between keeps it open. */
 const EVENTS_EVERY_MS = 5_000;
-const KEY_LENGTH_MAX = 200;
-const STOP_GRACE_MS = 15_000;
 
 export function userRoutes(app: FastifyInstance, broker: Broker): void {
   const failures = { '4xx': schemas.problem, '5xx': schemas.problem };
@@ -26,29 +24,14 @@ export function userRoutes(app: FastifyInstance, broker: Broker): void {
     { config: users, schema: { response: { 200: schemas.list(schemas.host), ...failures } } },
     () => broker.hosts.list(),
   );
-  app.get(
-    '/v1/images',
-    { config: users, schema: { response: { 200: schemas.list(schemas.image), ...failures } } },
-    (request) => listImages(broker.db, principalOf(request)),
-  );
-  app.patch<{ Params: { id: string }; Body: ImageChange }>(
-    '/v1/images/:id',
-    { config: users, schema: { params: schemas.nameParams, body: schemas.imageChange, response: failures } },
-    async (request) => {
-      await changeImage(broker.db, principalOf(request), request.params.id, request.body);
-      return { changed: request.params.id };
-    },
-  );
+  imageRoutes(app, broker);
 
   app.post<{ Body: VmRequest; Headers: { 'idempotency-key'?: string } }>(
     '/v1/vms',
     {
       config: users,
       schema: {
-        headers: {
-          type: 'object',
-          properties: { 'idempotency-key': { type: 'string', minLength: 1, maxLength: KEY_LENGTH_MAX } },
-        },
+        headers: schemas.keyHeaders,
         body: schemas.vmRequest,
         response: { 202: schemas.job, ...failures },
       },
@@ -86,19 +69,7 @@ export function userRoutes(app: FastifyInstance, broker: Broker): void {
     { config: users, schema: { params: schemas.nameParams, response: { 200: schemas.vm, ...failures } } },
     (request) => broker.requests.vm(principalOf(request), request.params.id),
   );
-  app.post<{ Params: { id: string }; Body: { graceMs?: number } }>(
-    '/v1/vms/:id/stop',
-    {
-      config: users,
-      schema: {
-        params: schemas.nameParams,
-        body: schemas.stopRequest,
-        response: { 200: schemas.vm, ...failures },
-      },
-    },
-    (request) =>
-      broker.requests.stop(principalOf(request), request.params.id, request.body.graceMs ?? STOP_GRACE_MS),
-  );
+  lifeRoutes(app, broker);
   app.post<{ Body: Query }>(
     '/v1/query',
     { config: users, schema: { body: querySchema, response: { 200: schemas.queryAnswer, ...failures } } },

@@ -1,10 +1,13 @@
 /**
- * Rows of VMs and what goes with their changes: the capacity that a host promises, who carries whom, and the time
- * that is accounted. Every function runs inside the caller's transaction.
+ * Rows of VMs and what goes with their changes: the capacity that a host promises, who carries whom, the time that is
+ * accounted, and the jobs that wait for a VM. Every function runs inside the caller's transaction.
  *
- *   requested → placed → running → stopping → stopped
- *                  \________\________→ requested (another generation), failed, lost (its host is silent)
+ *   requested → placed → running ⇄ suspending → suspended → requested …
+ *                  \________\_______\___________\→ stopping → stopped
+ *                  \________\_______\→ requested (another generation), failed, lost (its host is silent)
  */
+import type { ErrorCode } from '../core/errors.ts';
+import type { Order } from '../core/grid.ts';
 import type { Queries } from './database.ts';
 
 export interface VmRow {
@@ -22,22 +25,48 @@ export interface VmRow {
   readonly memory_bytes: number;
   readonly vcpus: number;
   readonly restart: number;
-  readonly wanted: 'running' | 'stopped';
+  readonly wanted: 'running' | 'suspended' | 'stopped';
   readonly timeline: string | null;
   readonly fetched_bytes: number | null;
   readonly console: string | null;
   readonly created_ms: number;
   readonly placed_ms: number | null;
   readonly ended_ms: number | null;
+  readonly checkpoint: string | null;
+  readonly checkpoint_manifest: string | null;
+  readonly checkpoint_accelerator: string | null;
+  readonly checkpoint_ms: number | null;
+  readonly checkpoint_every_ms: number | null;
+  readonly target: string | null;
+  readonly avoid: string | null;
+  readonly failures: number;
+  readonly ran_ms: number | null;
 }
 
-export type VmState = 'requested' | 'placed' | 'running' | 'stopping' | 'stopped' | 'failed' | 'lost';
+export const VM_STATES = [
+  'requested',
+  'placed',
+  'running',
+  'suspending',
+  'suspended',
+  'stopping',
+  'stopped',
+  'failed',
+  'lost',
+] as const;
+export type VmState = (typeof VM_STATES)[number];
+
+/** States in which a VM is on its host by the broker's leave. */
+export const ON_HOST = `'placed', 'running', 'suspending', 'stopping'`;
 
 /** VMs that take part of what their host promises. */
-const HOLDING = `state IN ('placed', 'running', 'stopping', 'lost') AND ended_ms IS NULL`;
+const HOLDING = `state IN (${ON_HOST}, 'lost') AND ended_ms IS NULL`;
 
 /** Machines that one host promises at most, whatever its memory: each is a process of the host's. */
 const MACHINES_PER_HOST_MAX = 256;
+
+/** The name that a VM has on its host now. */
+export const placedAs = (vm: Pick<VmRow, 'id' | 'generation'>) => `${vm.id}.${vm.generation}`;
 
 /** What `host` promises beyond the VMs that it has. Never below nothing, also where a host came back smaller. */
 export async function recountFutures(tx: Queries, host: string): Promise<void> {
@@ -56,32 +85,109 @@ export async function recountFutures(tx: Queries, host: string): Promise<void> {
   );
 }
 
-/** Takes a placed VM from its host: for good, or `requested` to be placed again. */
+/** An order for the VM's host; the same id again changes nothing. */
+export async function giveOrder(
+  tx: Queries,
+  host: string,
+  vm: string | null,
+  order: Order,
+  job: string | null = null,
+): Promise<void> {
+  await tx.run(
+    `INSERT INTO orders (id, host, vm, kind, body, state, created_ms, job) VALUES (?, ?, ?, ?, ?, 'open', ?, ?)
+     ON CONFLICT (id) DO NOTHING`,
+    ...[order.id, host, vm, order.kind, JSON.stringify(order), Date.now(), job],
+  );
+}
+
+/** Orders of a VM that are of no use any more. */
+export async function voidOrders(tx: Queries, vm: string): Promise<void> {
+  await tx.run(
+    `UPDATE orders SET state = 'void', done_ms = ? WHERE vm = ? AND state = 'open'`,
+    Date.now(),
+    vm,
+  );
+}
+
+export interface JobEnd {
+  readonly error?: { readonly code: ErrorCode; readonly message: string };
+  readonly result?: Readonly<Record<string, unknown>>;
+}
+
+/** Ends one job about a VM or an image, once. */
+export async function endJob(tx: Queries, job: string, { error, result }: JobEnd): Promise<void> {
+  await tx.run(
+    `UPDATE jobs SET state = ?, error = ?, result = ?, ended_ms = ? WHERE id = ? AND state = 'running'`,
+    ...[
+      error ? 'failed' : 'done',
+      error ? JSON.stringify(error) : null,
+      result ? JSON.stringify(result) : null,
+      Date.now(),
+      job,
+    ],
+  );
+}
+
+/** Ends a job that several hosts work on, when none of its orders is open any more. */
+export async function settleOrders(tx: Queries, job: string): Promise<void> {
+  const orders = await tx.all<{ state: string; host: string; error: string | null }>(
+    'SELECT state, host, error FROM orders WHERE job = ? ORDER BY host',
+    job,
+  );
+  if (orders.some(({ state }) => state === 'open')) return;
+  const bad = orders.find(({ state }) => state !== 'done');
+  const error =
+    bad &&
+    (bad.error === null
+      ? { code: 'unreachable' as const, message: `host ${bad.host} fell silent` }
+      : (JSON.parse(bad.error) as JobEnd['error'])!);
+  await endJob(tx, job, error ? { error } : { result: { hosts: orders.map(({ host }) => host) } });
+}
+
+/** Ends jobs of these kinds, or all, that are under way for a VM. Returns which. */
+export async function endJobs(
+  tx: Queries,
+  vm: string,
+  kinds: readonly string[] | 'all',
+  end: JobEnd,
+): Promise<string[]> {
+  const of = kinds === 'all' ? '' : ` AND kind IN (${kinds.map(() => '?').join(', ')})`;
+  const rows = await tx.all<{ id: string }>(
+    `SELECT id FROM jobs WHERE vm = ? AND state = 'running'${of}`,
+    ...[vm, ...(kinds === 'all' ? [] : kinds)],
+  );
+  for (const { id } of rows) await endJob(tx, id, end);
+  return rows.map(({ id }) => id);
+}
+
+export type VmEnd = 'requested' | 'suspended' | 'stopped' | 'failed' | 'lost';
+
+/** Takes a VM from its host: for good, or `requested` to be placed again, or `suspended` until somebody wants it. */
 export async function endVm(
   tx: Queries,
   vm: VmRow,
-  state: 'requested' | 'stopped' | 'failed' | 'lost',
+  state: VmEnd,
   reason: string | null = null,
 ): Promise<void> {
   const nowMs = Date.now();
   await tx.run(
     'UPDATE usage SET ended_ms = ? WHERE vm = ? AND generation = ? AND ended_ms IS NULL',
-    nowMs,
-    vm.id,
-    vm.generation,
+    ...[nowMs, vm.id, vm.generation],
   );
   await tx.run(`DELETE FROM virtualization WHERE virtual_kind = 'vm' AND virtual_id = ?`, vm.id);
-  await tx.run(`UPDATE orders SET state = 'void', done_ms = ? WHERE vm = ? AND state = 'open'`, nowMs, vm.id);
-  if (state === 'requested') {
+  await voidOrders(tx, vm.id);
+  if (state === 'requested' || state === 'suspended') {
     await tx.run(
-      `UPDATE vms SET state = 'requested', host = NULL, reason = ?, console = NULL, timeline = NULL WHERE id = ?`,
-      ...[reason, vm.id],
+      `UPDATE vms SET state = ?, host = NULL, reason = ?, console = NULL, timeline = NULL WHERE id = ?`,
+      ...[state, reason, vm.id],
     );
   } else {
     await tx.run(
       'UPDATE vms SET state = ?, reason = ?, ended_ms = ?, console = NULL WHERE id = ?',
       ...[state, reason, nowMs, vm.id],
     );
+    const error = { code: 'vm-failed' as const, message: reason ?? `the VM is ${state}` };
+    await endJobs(tx, vm.id, 'all', { error });
   }
   if (vm.host !== null) await recountFutures(tx, vm.host);
 }

@@ -5,10 +5,14 @@ import path from 'node:path';
 import { randomBytes } from 'node:crypto';
 import { BrokerClient, readToken } from '../agent/broker-client.ts';
 import { BrokerLink } from '../agent/broker-link.ts';
-import type { LinkMachines } from '../agent/broker-link.ts';
+import type { LinkMachines } from '../agent/broker-orders.ts';
+import type { Checkpoints } from '../agent/checkpoints.ts';
+import type { Forks } from '../agent/forks.ts';
+import type { Machines } from '../agent/machines.ts';
 import type { Digest } from '../core/bytes.ts';
 import { asGridError, GridError } from '../core/errors.ts';
 import type { OfferedVersion } from '../core/grid.ts';
+import { CHECKPOINT_IMAGE } from '../core/grid.ts';
 import { MIB } from '../core/limits.ts';
 import { isName } from '../core/manifest.ts';
 import type { Manifest, Tag } from '../core/manifest.ts';
@@ -27,7 +31,14 @@ export interface BrokerOptions {
 
 /** What the link needs of the proxy's parts. */
 export interface LinkedProxy {
-  readonly machines: LinkMachines;
+  readonly machines: Machines;
+  readonly checkpoints: Checkpoints;
+  readonly forks: Forks;
+  /** The disk of a VM, as it is now, as a new version in the source. */
+  readonly commit: (
+    clone: string,
+    request: { reference: string; labels: Readonly<Record<string, string>> },
+  ) => Promise<{ digest: string; newStoredBytes: number }>;
   readonly accelerator: 'auto' | 'kvm' | 'tcg';
   readonly stateFolder: string;
   readonly source: string;
@@ -93,7 +104,7 @@ export async function linkToBroker(
       networks: options.networks,
       source: proxy.source,
     },
-    machines: proxy.machines,
+    machines: machinesOf(proxy),
     async cache() {
       const status = await cache.status();
       const present = new Map(status.images.map((image) => [image.manifest, image.presentBytes]));
@@ -124,6 +135,23 @@ export async function linkToBroker(
   });
 }
 
+/** The agent's machines as the link sees them: those that run and those that are suspended are one list. */
+function machinesOf({ machines, checkpoints, forks, commit }: LinkedProxy): LinkMachines {
+  const status = (id: string) => (checkpoints.has(id) ? checkpoints.status(id) : machines.status(id));
+  return {
+    list: () => [...machines.list(), ...checkpoints.list()],
+    run: (request) => machines.run(request),
+    runFrom: (checkpoint, name) => forks.run(checkpoint, name),
+    status,
+    ready: (id, timeoutMs) => machines.ready(id, timeoutMs),
+    stop: (id, graceMs) => (checkpoints.has(id) ? checkpoints.discard(id) : machines.stop(id, graceMs)),
+    suspend: (id) => checkpoints.suspend(id),
+    resume: (id) => checkpoints.resume(id),
+    publish: (id, reference) => checkpoints.publish(id, reference),
+    commit: (id, reference, labels) => commit(status(id).clone, { reference, labels }),
+  };
+}
+
 function readCa(file: string): Buffer {
   try {
     return readFileSync(file);
@@ -140,6 +168,7 @@ async function offered(
   for (const { name, version, manifest: digest } of await cache.listTags()) {
     const manifest = await cache.readManifest(digest);
     manifests.set(digest, manifest);
+    if (CHECKPOINT_IMAGE.test(name)) continue;
     versions.push({
       name,
       version,

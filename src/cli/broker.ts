@@ -1,14 +1,14 @@
-/** gridvfs broker: calls of the front end that users of several hosts talk to. `run` is in broker-run.ts. */
+/** gridvfs broker: calls of the front end that users of several hosts talk to. `run` is in broker-run.ts, what is done
+ * to VMs that are there in broker-vms.ts, images in broker-images.ts. */
 import { randomUUID } from 'node:crypto';
 import { Option } from 'commander';
 import type { Command } from 'commander';
-import { BrokerClient, readToken } from '../agent/broker-client.ts';
+import type { BrokerClient } from '../agent/broker-client.ts';
 import { POLICIES, ROLES } from '../broker/index.ts';
 import type {
   Answer,
   Explanation,
   HostInfo,
-  ImageInfo,
   JobInfo,
   Role,
   TokenInfo,
@@ -16,57 +16,12 @@ import type {
   VmRequest,
 } from '../broker/index.ts';
 import { GridError } from '../core/errors.ts';
-import { brokerSocket, operatorToken, readFile, runVerb, stateFolder } from './broker-run.ts';
-import {
-  abortOnSignals,
-  bytesText,
-  collect,
-  jsonOption,
-  parseBytes,
-  parseCount,
-  parseDuration,
-  Progress,
-  show,
-  table,
-  verb,
-} from './kit.ts';
-
-interface Connection {
-  broker?: string;
-  tokenFile?: string;
-  brokerCa?: string;
-  json?: boolean;
-}
-
-function withBroker(command: Command): Command {
-  return command
-    .addOption(
-      new Option('--broker <url>', 'https://host:port or unix:/path (default: the broker on this host)').env(
-        'GRIDVFS_BROKER',
-      ),
-    )
-    .addOption(
-      new Option('--token-file <file>', 'file with your token (default: the operator’s on this host)').env(
-        'GRIDVFS_TOKEN_FILE',
-      ),
-    )
-    .option('--broker-ca <file>', 'certificate of the authority that the broker’s is from')
-    .addOption(jsonOption());
-}
-
-/** Does something with a client and closes it. */
-async function withClient<T>(options: Connection, work: (client: BrokerClient) => Promise<T>): Promise<T> {
-  const client = new BrokerClient({
-    url: options.broker ?? `unix:${brokerSocket()}`,
-    token: readToken(options.tokenFile ?? operatorToken(stateFolder())),
-    ...(options.brokerCa === undefined ? {} : { ca: readFile(options.brokerCa) }),
-  });
-  try {
-    return await work(client);
-  } finally {
-    client.close();
-  }
-}
+import { imagesVerb, imageVerbs, scheduleVerbs } from './broker-images.ts';
+import { checkJob, follow, vmTable, withBroker, withClient } from './broker-kit.ts';
+import type { Connection } from './broker-kit.ts';
+import { runVerb } from './broker-run.ts';
+import { vmVerbs } from './broker-vms.ts';
+import { bytesText, collect, parseBytes, parseCount, parseDuration, show, table, verb } from './kit.ts';
 
 function hostsVerb(): Command {
   return withBroker(
@@ -91,44 +46,6 @@ function hostsVerb(): Command {
   });
 }
 
-function imagesVerb(): Command {
-  return withBroker(
-    verb('images', 'List image versions that you may use.', ['gridvfs broker images --json']),
-  ).action(async (options: Connection) => {
-    const images = await withClient(options, (client) => client.call<ImageInfo[]>('GET', '/v1/images'));
-    show(options, images, () =>
-      table(
-        ['IMAGE', 'KIND', 'SIZE', 'HOSTS', 'OWNER', 'LABELS'],
-        images.map((one) => [
-          `${one.image}:${one.version}${one.deprecated === undefined ? '' : ` (deprecated: ${one.deprecated})`}`,
-          one.kind,
-          bytesText(one.sizeBytes),
-          one.hosts,
-          one.owner ?? '',
-          Object.entries(one.labels)
-            .filter(([name]) => !/^(boot|machine)\./.test(name))
-            .map((entry) => entry.join('='))
-            .join(' '),
-        ]),
-      ),
-    );
-  });
-}
-
-const vmTable = (vms: readonly VmInfo[]) =>
-  table(
-    ['VM', 'ID', 'STATE', 'IMAGE', 'HOST', 'READY AFTER', 'REASON'],
-    vms.map((vm) => [
-      vm.name,
-      vm.id,
-      vm.state,
-      vm.image ?? '',
-      vm.host ?? '',
-      vm.timeline?.['readyMs'] === undefined ? '-' : `${(vm.timeline['readyMs'] / 1000).toFixed(2)} s`,
-      vm.reason ?? '',
-    ]),
-  );
-
 function vmsVerb(): Command {
   return withBroker(
     verb('vms', 'List your VMs; operators see everybody’s.', [
@@ -145,6 +62,17 @@ function vmsVerb(): Command {
     });
 }
 
+function vmVerb(): Command {
+  return withBroker(verb('vm', 'Show one VM, by name or id.', ['gridvfs broker vm web-1 --json']))
+    .argument('<vm>')
+    .action(async (which: string, options: Connection) => {
+      const vm = await withClient(options, (client) =>
+        client.call<VmInfo>('GET', `/v1/vms/${encodeURIComponent(which)}`),
+      );
+      show(options, vm, () => vmTable([vm]));
+    });
+}
+
 interface RequestOptions extends Connection {
   count?: number;
   name?: string;
@@ -157,6 +85,7 @@ interface RequestOptions extends Connection {
   network?: string;
   policy?: VmRequest['policy'];
   restart?: boolean;
+  checkpointEvery?: number;
   explain?: boolean;
   wait: boolean;
   timeout: number;
@@ -196,7 +125,15 @@ function requestVerb(): Command {
     .option('--vcpus <count>', 'virtual processors of each', parseCount)
     .option('--network <name>', 'on hosts of this network only')
     .addOption(new Option('--policy <which>', 'how hosts are chosen (default: warm)').choices(POLICIES))
-    .option('--restart', 'place them again when their host falls silent')
+    .option(
+      '--restart',
+      'start them again, from their last checkpoint if there is one, when their host falls silent',
+    )
+    .option(
+      '--checkpoint-every <duration>',
+      'make a checkpoint this often, for --restart to go on from (10s or more)',
+      parseDuration,
+    )
     .option('--explain', 'only say what would be chosen, and why')
     .option('--no-wait', 'return when the request is accepted')
     .option('--timeout <duration>', 'how long to wait', parseDuration, 600_000)
@@ -214,6 +151,7 @@ function requestVerb(): Command {
         ...(options.network === undefined ? {} : { network: options.network }),
         ...(options.policy === undefined ? {} : { policy: options.policy }),
         ...(options.restart === undefined ? {} : { restart: options.restart }),
+        ...(options.checkpointEvery === undefined ? {} : { checkpointEveryMs: options.checkpointEvery }),
       };
       await withClient(options, async (client) => {
         if (options.explain) return explain(client, request, options);
@@ -222,12 +160,7 @@ function requestVerb(): Command {
         });
         if (options.wait) job = await follow(client, job, options);
         show(options, job, () => `${job.id}  ${job.state}\n${vmTable(job.vms)}`);
-        if (job.state === 'failed') {
-          throw new GridError(
-            'vm-failed',
-            `not all VMs of ${job.id} run: ${job.vms.find((vm) => vm.state === 'failed')?.reason ?? ''}`,
-          );
-        }
+        checkJob(job);
       });
     });
 }
@@ -243,60 +176,6 @@ async function explain(client: BrokerClient, request: VmRequest, options: Connec
       ...found.rejectedHosts.map((one) => `  not ${one.host}: ${one.why}`),
     ].join('\n'),
   );
-}
-
-/** Waits for a job; a broker that starts again meanwhile is asked again. */
-async function follow(client: BrokerClient, first: JobInfo, options: RequestOptions): Promise<JobInfo> {
-  const signal = AbortSignal.any([abortOnSignals(), AbortSignal.timeout(options.timeout)]);
-  const progress = new Progress('starting', options);
-  let job = first;
-  try {
-    while (job.state === 'running') {
-      try {
-        for await (const next of client.events<JobInfo>(`/v1/jobs/${job.id}/events`, signal)) {
-          job = next;
-          progress.update(job.done, job.total);
-        }
-      } catch (error) {
-        if (signal.aborted) {
-          throw new GridError('timeout', `${job.id} is still under way; \`gridvfs broker vms\` shows it`, {
-            cause: error,
-          });
-        }
-        if (!(error instanceof GridError) || error.blame !== 'tunnel') throw error;
-        await new Promise((resolve) => setTimeout(resolve, 500));
-      }
-    }
-    return job;
-  } finally {
-    progress.end();
-  }
-}
-
-function stopVerb(): Command {
-  return withBroker(verb('stop', 'Stop VMs, by name or id.', ['gridvfs broker stop web-1 web-2']))
-    .argument('<vm...>')
-    .option('--grace <duration>', 'how long a guest may take to power down', parseDuration, 15_000)
-    .action(async (vms: string[], options: Connection & { grace: number }) => {
-      const stopped = await withClient(options, async (client) => {
-        const answers: VmInfo[] = [];
-        for (const vm of vms) {
-          answers.push(
-            await client.call<VmInfo>('POST', `/v1/vms/${encodeURIComponent(vm)}/stop`, {
-              graceMs: options.grace,
-            }),
-          );
-        }
-        for (const [at, { id }] of answers.entries()) {
-          while (answers[at]!.state === 'stopping') {
-            await new Promise((resolve) => setTimeout(resolve, 100));
-            answers[at] = await client.call<VmInfo>('GET', `/v1/vms/${id}`);
-          }
-        }
-        return answers;
-      });
-      show(options, stopped, () => vmTable(stopped));
-    });
 }
 
 function queryVerb(): Command {
@@ -411,9 +290,12 @@ export function brokerVerbs(): Command {
     runVerb(),
     requestVerb(),
     vmsVerb(),
-    stopVerb(),
+    vmVerb(),
+    ...vmVerbs(),
     hostsVerb(),
     imagesVerb(),
+    imageVerbs(),
+    scheduleVerbs(),
     queryVerb(),
     usageVerb(),
     tokenVerbs(),

@@ -2,7 +2,7 @@
 import os from 'node:os';
 import path from 'node:path';
 import type { Cache } from '../../cache/index.ts';
-import type { CloneDisk, CloneParts } from '../agent/clone-parts.ts';
+import type { CloneDisk, CloneParts, DiskSnapshot } from '../agent/clone-parts.ts';
 import type { CloneRecord } from '../agent/clone-record.ts';
 import { nearParents, pushWork } from './clone-push.ts';
 import type { CloneWork } from '../agent/clone-routes.ts';
@@ -18,6 +18,7 @@ import type { ChunkSource } from '../core/source.ts';
 import {
   blockChangeOf,
   changedUnits,
+  changedUnitsOf,
   createLayerOver,
   exportArchive,
   openChain,
@@ -26,7 +27,7 @@ import {
   readArchiveInfo,
   zeroImage,
 } from '../image/index.ts';
-import type { Chain, Clone } from '../image/index.ts';
+import type { Chain, Clone, Snapshot } from '../image/index.ts';
 import { commitImage, openStore, uploadImage } from '../store/index.ts';
 import type { Store } from '../store/index.ts';
 
@@ -100,7 +101,17 @@ export interface CloneWorkParts {
   readonly resolve: (reference: string) => Promise<{ digest: Digest; manifest: Manifest }>;
 }
 
-export function cloneWork(parts: CloneWorkParts): CloneWork {
+/** What the broker's link asks for beside what the control socket does. */
+export interface MomentWork {
+  /** A new version in the proxy's source of a disk as it was at a moment, also while a VM runs on it. */
+  commitMoment(
+    snapshot: DiskSnapshot,
+    record: CloneRecord,
+    request: { reference: string; labels: Readonly<Record<string, string>> },
+  ): Promise<{ digest: string; newStoredBytes: number }>;
+}
+
+export function cloneWork(parts: CloneWorkParts): CloneWork & MomentWork {
   const { cache, clones, source, storeFolder, resolve } = parts;
   return {
     ...pushWork(parts),
@@ -132,6 +143,21 @@ export function cloneWork(parts: CloneWorkParts): CloneWork {
         sizeBytes: manifest.sizeBytes,
         nonzeroBytes: manifest.nonzeroBytes,
       };
+    },
+
+    async commitMoment(snapshot, record, { reference, labels }) {
+      const disk = snapshot as Snapshot;
+      const standalone = record.detached !== undefined;
+      const { digest, newStoredBytes } = await uploadImage(nearParents(source, cache), {
+        parent: record.base,
+        reference,
+        sizeBytes: disk.sizeBytes,
+        changed: (chunkBytes) => changedUnitsOf(disk.states, chunkBytes, standalone),
+        standalone,
+        read: (target, offsetBytes) => disk.readOnce(target, offsetBytes),
+        labels: { ...provenanceOf(record), ...labels },
+      });
+      return { digest, newStoredBytes };
     },
 
     async export(disk, record, file, control) {

@@ -302,19 +302,20 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
       sources: sourceStatistics(source),
     });
     await rm(controlSocketOf(paths.runtime), { force: true }); // of a daemon that was killed
+    const work = cloneWork({
+      cache,
+      clones,
+      source,
+      storeFolder: source instanceof Store ? source.name : undefined,
+      resolve,
+    });
     const control = await serveControl(controlSocketOf(paths.runtime), {
       clones,
       machines,
       checkpoints,
       forks,
       resolve,
-      cloneWork: cloneWork({
-        cache,
-        clones,
-        source,
-        storeFolder: source instanceof Store ? source.name : undefined,
-        resolve,
-      }),
+      cloneWork: work,
       cache,
       shutdown: unmountOnce,
       ...(options.prepareSuccessor === undefined ? {} : { prepareSuccessor: options.prepareSuccessor }),
@@ -333,6 +334,10 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
         options.broker,
         {
           machines,
+          checkpoints,
+          forks,
+          commit: (clone, request) =>
+            clones.atMoment(clone, (snapshot, of) => work.commitMoment(snapshot, of, request)),
           cache,
           resolve,
           stateFolder: paths.state,

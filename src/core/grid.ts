@@ -61,6 +61,8 @@ export interface OrderResult {
   readonly timeline?: { readonly clonedMs?: number; readonly startedMs?: number; readonly readyMs?: number };
   /** Bytes that the host's cache fetched meanwhile. */
   readonly fetchedBytes?: number;
+  /** The version that came into the source, and what of it the source did not have, compressed. */
+  readonly made?: { readonly manifest: string; readonly storedBytes: number };
 }
 
 export interface HostReport {
@@ -100,12 +102,30 @@ export type Order =
       /** Started elsewhere when this host falls silent: paused here before its lease ends. */
       readonly restart: boolean;
       readonly readyTimeoutMs: number;
+      /** Goes on from this one in the store; `image` is what it once booted from. */
+      readonly checkpoint?: string;
+    }
+  /** Ends when the checkpoint is in the store. */
+  | { readonly id: string; readonly kind: 'suspend'; readonly vm: string; readonly checkpoint: string }
+  /** The same of a VM that goes on. */
+  | { readonly id: string; readonly kind: 'checkpoint'; readonly vm: string; readonly checkpoint: string }
+  /** Its disk, as it is at a moment, becomes a version in the source. */
+  | {
+      readonly id: string;
+      readonly kind: 'commit';
+      readonly vm: string;
+      readonly reference: string;
+      readonly labels?: Readonly<Record<string, string>>;
     }
   | { readonly id: string; readonly kind: 'stop'; readonly vm: string; readonly graceMs: number }
-  | { readonly id: string; readonly kind: 'warm'; readonly image: string };
+  | { readonly id: string; readonly kind: 'warm'; readonly image: string }
+  /** Looks at the source's tags now; the next report has them. */
+  | { readonly id: string; readonly kind: 'refresh' };
 
 /** Names of VMs on hosts that are a broker's. */
 export const PLACED_VM = /^g[0-9a-f]{12}\.\d{1,9}$/;
+/** Names of images that are checkpoints of a broker's VMs, or their disks and states: nobody else's to start. */
+export const CHECKPOINT_IMAGE = /^g[0-9a-f]{12}(\.disk|\.state)?$/;
 
 /** How long a host may go on without an answer, and how long the broker waits until it takes its VMs for lost. The
  * difference covers clocks that run apart, a host that is slow to pause, and an answer that is long under way. */

@@ -24,7 +24,11 @@ suite('the API of a broker', () => {
     const { db } = running.broker;
     const id = `g${Buffer.from(user).toString('hex').padEnd(12, '0').slice(0, 12)}`;
     await db.transaction(async (tx) => {
-      await tx.run(`INSERT INTO jobs VALUES (?, ?, 'request', '{}', 0)`, `job-${user}`, user);
+      await tx.run(
+        `INSERT INTO jobs (id, owner, kind, body, created_ms) VALUES (?, ?, 'request', '{}', 0)`,
+        `job-${user}`,
+        user,
+      );
       await tx.run(
         `INSERT INTO vms (id, owner, job, name, generation, state, memory_bytes, vcpus, restart, wanted, created_ms)
          VALUES (?, ?, ?, 'mine', 1, 'running', ?, 1, 0, 'running', 0)`,
@@ -47,7 +51,7 @@ suite('the API of a broker', () => {
           assert.ok(Object.keys(responses).length > 0);
         }
       }
-      assert.deepEqual(Object.keys(paths).toSorted(), [
+      const expected = [
         ...[
           '/v1/agent/orders',
           '/v1/agent/register',
@@ -64,8 +68,13 @@ suite('the API of a broker', () => {
           '/v1/tokens/{id}',
           '/v1/usage',
         ],
-        ...['/v1/vms', '/v1/vms/explain', '/v1/vms/{id}', '/v1/vms/{id}/stop'],
-      ]);
+        ...['/v1/images/{id}/warm', '/v1/schedules', '/v1/schedules/{id}'],
+        ...['/v1/vms', '/v1/vms/explain', '/v1/vms/{id}'],
+        ...['checkpoint', 'commit', 'move', 'resume', 'stop', 'suspend'].map(
+          (verb) => `/v1/vms/{id}/${verb}`,
+        ),
+      ];
+      assert.deepEqual(Object.keys(paths).toSorted(), expected.toSorted());
     } finally {
       await app.close();
     }
@@ -100,7 +109,11 @@ suite('the API of a broker', () => {
       for (const which of [vm, 'mine']) {
         assert.equal((await call('GET', `/v1/vms/${which}`, ada)).statusCode, 200);
         assert.equal((await call('GET', `/v1/vms/${which}`, bob)).statusCode, 404);
-        assert.equal((await call('POST', `/v1/vms/${which}/stop`, bob, {})).statusCode, 404);
+        for (const verb of ['stop', 'suspend', 'resume', 'move', 'checkpoint']) {
+          assert.equal((await call('POST', `/v1/vms/${which}/${verb}`, bob, {})).statusCode, 404, verb);
+        }
+        const commit = { reference: 'stolen:1' };
+        assert.equal((await call('POST', `/v1/vms/${which}/commit`, bob, commit)).statusCode, 404);
       }
       assert.equal((await call('GET', '/v1/jobs/job-ada', bob)).statusCode, 404);
       assert.equal((await call('GET', '/v1/jobs/job-ada/events', bob)).statusCode, 404);
@@ -111,7 +124,11 @@ suite('the API of a broker', () => {
         assert.equal((await call('GET', url, agent)).statusCode, 403, url);
         assert.equal((await call('GET', url)).statusCode, 401, url);
       }
-      assert.equal((await call('GET', '/v1/tokens', ada)).statusCode, 403);
+      for (const url of ['/v1/tokens', '/v1/schedules']) {
+        assert.equal((await call('GET', url, ada)).statusCode, 403, url);
+      }
+      const stop = await call('POST', `/v1/vms/${vm}/stop`, agent, {});
+      assert.equal(stop.statusCode, 403);
       assert.equal((await call('GET', '/v1/agent/orders?host=a&incarnation=b', ada)).statusCode, 403);
       const { id } = (await running.broker.access.list()).find(({ user }) => user === 'bob')!;
       assert.equal((await call('DELETE', `/v1/tokens/${id}`, operator)).statusCode, 200);
@@ -182,8 +199,13 @@ suite('the API of a broker', () => {
             payload: '{"count":',
             headers: { 'content-type': 'application/json' },
           },
-          { method: 'POST', url: '/v1/vms', payload: { name: 'y'.repeat(2 ** 21) } },
-        ][round % 9] as { method: 'GET'; url: string; payload?: object; headers?: Record<string, string> };
+          { method: 'POST', url: '/v1/vms', payload: { name: 'y'.repeat(2 ** 20) } },
+          { method: 'POST', url: '/v1/vms/mine/commit', payload: { reference: word } },
+          { method: 'POST', url: '/v1/vms/mine/move', payload: { host: word } },
+          { method: 'POST', url: `/v1/vms/${encodeURIComponent(word.slice(0, 300))}/suspend`, payload: {} },
+          { method: 'POST', url: '/v1/vms/mine/stop', payload: { graceMs: value, [word]: 1 } },
+          { method: 'POST', url: '/v1/schedules', payload: { image: word, everyMs: value } },
+        ][round % 14] as { method: 'GET'; url: string; payload?: object; headers?: Record<string, string> };
         const answer = await app.inject({ ...request, headers: { ...request.headers, authorization } });
         assert.ok(
           answer.statusCode >= 400 && answer.statusCode < 500,

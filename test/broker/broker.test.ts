@@ -4,11 +4,10 @@ import { after, before, suite, test } from 'node:test';
 import type { HostInfo, ImageInfo, JobInfo, VmInfo } from '../../src/broker/index.ts';
 import { GridError } from '../../src/core/errors.ts';
 import { GIB, MIB } from '../../src/core/limits.ts';
-import { Cable, Databases, DIALECTS, eventually, startBroker, TestHost, version } from './harness.ts';
-import type { Running } from './harness.ts';
+import { Databases, DIALECTS, eventually, startBroker, TestHost } from './harness.ts';
+import { DEBIAN, scene } from './scene.ts';
 
 const QUICK_LEASE = { leaseMs: 1_500, marginMs: 1_000 };
-const DEBIAN = [version('debian', '12', { os: 'debian', kernel: '6.1.0', 'library.libc': '2.36' })];
 
 for (const dialect of DIALECTS) {
   suite(`a broker on ${dialect}`, () => {
@@ -16,44 +15,9 @@ for (const dialect of DIALECTS) {
     before(() => databases.start());
     after(() => databases.stop());
 
-    /** A broker with hosts named so, all of it ended with the test. */
-    async function scene(
-      stack: AsyncDisposableStack,
-      hosts: string[],
-      leaseTimes = { leaseMs: 20_000, marginMs: 10_000 },
-    ) {
-      const database = await databases.fresh();
-      const running = await startBroker(database, databases.folder, { leaseTimes });
-      stack.defer(() => running.close());
-      const token = (await running.broker.access.create('hosts', 'agent')).token;
-      const made: TestHost[] = [];
-      for (const name of hosts) {
-        const host = new TestHost(`${name}-${databases.dialect}`, databases.folder, DEBIAN).connectBy(
-          await Cable.to(running.socket, databases.folder),
-          token,
-        );
-        stack.defer(() => host.close());
-        made.push(host);
-      }
-      const user = await running.as('ada');
-      await eventually(async () => {
-        const images = await user.call<ImageInfo[]>('GET', '/v1/images');
-        return hosts.length === 0 || images[0]?.hosts === hosts.length;
-      });
-      return { user, hosts: made };
-    }
-
-    const job = async (client: Awaited<ReturnType<Running['as']>>, id: string) =>
-      client.call<JobInfo>('GET', `/v1/jobs/${id}`);
-    const settled = (client: Awaited<ReturnType<Running['as']>>, id: string) =>
-      eventually(async () => {
-        const now = await job(client, id);
-        return now.state !== 'running' && now;
-      });
-
     test('four VMs are requested, placed, listed, stopped and accounted, and the promise is whole again', async () => {
       await using stack = new AsyncDisposableStack();
-      const { user, hosts } = await scene(stack, ['a', 'b']);
+      const { user, hosts, settled } = await scene(stack, databases, ['a', 'b']);
       const accepted = await user.call<JobInfo>('POST', '/v1/vms', {
         count: 4,
         name: 'web',
@@ -64,7 +28,7 @@ for (const dialect of DIALECTS) {
         policy: 'spread',
       });
       assert.equal(accepted.total, 4);
-      const done = await settled(user, accepted.id);
+      const done = await settled(accepted.id);
       assert.equal(done.state, 'done');
       assert.deepEqual(
         done.vms.map(({ name }) => name),
@@ -101,7 +65,7 @@ for (const dialect of DIALECTS) {
 
     test('the same request under one idempotency key is one job; another request under it is refused', async () => {
       await using stack = new AsyncDisposableStack();
-      const { user, hosts } = await scene(stack, ['a']);
+      const { user, hosts, settled } = await scene(stack, databases, ['a']);
       const send = (count: number) =>
         user.call<JobInfo>(
           'POST',
@@ -111,30 +75,35 @@ for (const dialect of DIALECTS) {
         );
       const answers = await Promise.all([send(2), send(2), send(2)]);
       assert.equal(new Set(answers.map(({ id }) => id)).size, 1);
-      await settled(user, answers[0].id);
+      await settled(answers[0].id);
       assert.equal(hosts[0]!.machines.started.length, 2);
       await assert.rejects(send(3), { code: 'exists' });
     });
 
     test('what nothing serves is refused with the reason; what has no room waits for it', async () => {
       await using stack = new AsyncDisposableStack();
-      const { user } = await scene(stack, ['a']);
+      const { user, settled } = await scene(stack, databases, ['a']);
       await assert.rejects(user.call('POST', '/v1/vms', { kernel: '>=7' }), (error: GridError) => {
         assert.equal(error.code, 'not-found');
         assert.match(error.message, /debian:12 has kernel 6\.1\.0, not >=7/);
         return true;
       });
       const big = await user.call<JobInfo>('POST', '/v1/vms', { image: 'debian', memoryBytes: 12 * GIB });
-      await settled(user, big.id);
+      await settled(big.id);
       const second = await user.call<JobInfo>('POST', '/v1/vms', { image: 'debian', memoryBytes: 12 * GIB });
-      await eventually(async () => /room/.test((await job(user, second.id)).vms[0]?.reason ?? ''));
+      await eventually(async () =>
+        /room/.test((await user.call<JobInfo>('GET', `/v1/jobs/${second.id}`)).vms[0]?.reason ?? ''),
+      );
       await user.call('POST', `/v1/vms/${big.vms[0]!.id}/stop`, {});
-      assert.equal((await settled(user, second.id)).state, 'done');
+      assert.equal((await settled(second.id)).state, 'done');
     });
 
     test('the host that has an image warm gets the next VM of it, and the answer says so', async () => {
       await using stack = new AsyncDisposableStack();
-      const { user, hosts } = await scene(stack, ['a', 'b', 'c'], { leaseMs: 3_000, marginMs: 30_000 });
+      const { user, hosts, settled } = await scene(stack, databases, ['a', 'b', 'c'], {
+        leaseMs: 3_000,
+        marginMs: 30_000,
+      });
       hosts[1]!.warmBytes[DEBIAN[0]!.manifest] = 80 * MIB;
       const explained = await eventually(async () => {
         const now = await user.call<{ choice: { host: string }; hosts: { why: string }[] }>(
@@ -148,21 +117,21 @@ for (const dialect of DIALECTS) {
       });
       assert.match(explained.hosts[0]!.why, /83886080 bytes of the image warm/);
       const { id } = await user.call<JobInfo>('POST', '/v1/vms', { image: 'debian' });
-      const [vm] = (await settled(user, id)).vms;
+      const [vm] = (await settled(id)).vms;
       assert.equal(vm?.host, hosts[1]!.facts.host);
       assert.match(vm?.reason ?? '', /83886080 bytes of the image warm/);
     });
 
     test('a VM that a host cannot start goes to another', async () => {
       await using stack = new AsyncDisposableStack();
-      const { user, hosts } = await scene(stack, ['a', 'b']);
+      const { user, hosts, settled } = await scene(stack, databases, ['a', 'b']);
       hosts[0]!.machines.failure = new GridError('vm-failed', 'no such luck');
       const { id } = await user.call<JobInfo>('POST', '/v1/vms', {
         image: 'debian',
         count: 2,
         policy: 'spread',
       });
-      const done = await settled(user, id);
+      const done = await settled(id);
       assert.deepEqual(
         done.vms.map(({ host }) => host),
         [hosts[1]!.facts.host, hosts[1]!.facts.host],
@@ -171,11 +140,7 @@ for (const dialect of DIALECTS) {
 
     test('a silent host: its VM with a restart policy runs elsewhere, never in both places; the other is lost and found', async () => {
       await using stack = new AsyncDisposableStack();
-      const { user, hosts } = await scene(stack, ['a', 'b'], QUICK_LEASE);
-      const request = async (body: object) => {
-        const { id } = await user.call<JobInfo>('POST', '/v1/vms', { image: 'debian', ...body });
-        return (await settled(user, id)).vms[0]!;
-      };
+      const { user, hosts, request } = await scene(stack, databases, ['a', 'b'], QUICK_LEASE);
       const moved = await request({ restart: true });
       const from = hosts.find(({ facts }) => facts.host === moved.host)!;
       const to = hosts.find((host) => host !== from)!;
@@ -223,7 +188,11 @@ for (const dialect of DIALECTS) {
       stack.defer(() => second.close());
       host.connect(second.client(agentToken));
       stack.defer(() => host.close());
-      const done = await settled(second.client(userToken), id);
+      const again = second.client(userToken);
+      const done = await eventually(async () => {
+        const now = await again.call<JobInfo>('GET', `/v1/jobs/${id}`);
+        return now.state !== 'running' && now;
+      });
       assert.equal(done.state, 'done');
       assert.deepEqual(
         [...host.machines.vms.keys()].toSorted(),

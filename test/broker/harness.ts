@@ -22,12 +22,14 @@ import path from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { BrokerClient } from '../../src/agent/broker-client.ts';
 import { BrokerLink } from '../../src/agent/broker-link.ts';
-import type { LinkMachines, LinkVm, MachineSignal } from '../../src/agent/broker-link.ts';
+import type { MachineSignal } from '../../src/agent/broker-lease.ts';
+import type { LinkMachines, LinkVm } from '../../src/agent/broker-orders.ts';
 import { openDatabase } from '../../src/broker/database.ts';
 import { Broker, serveBroker } from '../../src/broker/index.ts';
 import type { BrokerServer } from '../../src/broker/index.ts';
 import { LEASE_TIMES } from '../../src/broker/loads.ts';
 import type { LeaseTimes } from '../../src/broker/loads.ts';
+import { sha256 } from '../../src/core/bytes.ts';
 import { GridError } from '../../src/core/errors.ts';
 import type { HostFacts, OfferedVersion } from '../../src/core/grid.ts';
 import { GIB } from '../../src/core/limits.ts';
@@ -165,10 +167,19 @@ export async function startBroker(
 
 /** Machines that are entries of a table; `moments` says how long each was let run. */
 export class TableMachines implements LinkMachines {
-  readonly vms = new Map<string, LinkVm & { pid: number }>();
+  readonly vms = new Map<string, LinkVm>();
   readonly paused = new Set<string>();
   /** Every VM that was ever started here. */
   readonly started: string[] = [];
+  /** What a VM has in its memory, by name; a checkpoint carries it. */
+  readonly contents = new Map<string, string>();
+  /** Checkpoints in the store, which the hosts of a test share. */
+  store = new Map<string, string>();
+  /** Told of each VM that begins to run. */
+  onStart: ((id: string) => void) | undefined;
+  publishFailure: GridError | undefined;
+  /** Until when a checkpoint is on its way into the store. */
+  publishing: Promise<unknown> | undefined;
   /** Starts fail with this while it is set. */
   failure: GridError | undefined;
   #pids = 1_000_000;
@@ -191,7 +202,42 @@ export class TableMachines implements LinkMachines {
     };
     this.vms.set(vm.id, vm);
     this.started.push(vm.id);
+    this.onStart?.(vm.id);
     return vm;
+  }
+
+  async runFrom(checkpoint: string, name: string): Promise<LinkVm> {
+    const content = this.store.get(checkpoint);
+    if (content === undefined) throw new GridError('not-found', `no image ${checkpoint}`);
+    const vm = await this.run({ name });
+    this.contents.set(name, content);
+    return vm;
+  }
+
+  async suspend(id: string): Promise<void> {
+    const { pid: _, ...vm } = this.status(id);
+    await sleep(1);
+    this.vms.set(id, { ...vm, state: 'suspended' });
+  }
+
+  async resume(id: string): Promise<void> {
+    this.vms.set(id, { ...this.status(id), state: 'running', pid: this.#pids++ });
+    this.onStart?.(id);
+  }
+
+  async publish(id: string, reference: string) {
+    this.status(id);
+    await sleep(1);
+    await this.publishing;
+    if (this.publishFailure) throw this.publishFailure;
+    this.store.set(reference, this.contents.get(id) ?? '');
+    return { digest: sha256(Buffer.from(reference)), newStoredBytes: 1000 };
+  }
+
+  async commit(id: string, reference: string) {
+    this.status(id);
+    await sleep(1);
+    return { digest: sha256(Buffer.from(reference)), newStoredBytes: 10 };
   }
 
   status(id: string): LinkVm {
@@ -215,7 +261,9 @@ export class TableMachines implements LinkMachines {
 
   /** VMs that run at this moment. */
   running(): string[] {
-    return [...this.vms.keys()].filter((id) => !this.paused.has(id));
+    return [...this.vms.values()]
+      .filter(({ id, state }) => state === 'running' && !this.paused.has(id))
+      .map(({ id }) => id);
   }
 
   signal(pid: number, signal: MachineSignal): void {
@@ -295,6 +343,8 @@ export class Cable {
 export class TestHost {
   readonly machines = new TableMachines();
   readonly warmBytes: Record<string, number> = {};
+  /** What it was told to fetch ahead. */
+  readonly warmed: string[] = [];
   versions: OfferedVersion[];
   readonly facts: HostFacts;
   readonly log: string[] = [];
@@ -331,12 +381,17 @@ export class TestHost {
       machines: this.machines,
       cache: async () => ({ warmBytes: { ...this.warmBytes }, fetchedBytes: 0 }),
       versions: async () => this.versions,
-      warm: async () => {},
+      warm: async (image) => void this.warmed.push(image),
       file: this.#file,
       log: (line) => this.log.push(line),
       signal: (pid, signal) => this.machines.signal(pid, signal),
     });
     return this;
+  }
+
+  /** What it offers has changed: its next report says so at once. */
+  refresh(): void {
+    this.#link!.lookAgain();
   }
 
   /** Names of VMs that the next start of this host pauses without a lease. */

@@ -63,7 +63,9 @@ async function fill(db: Database, { hosts, vms }: Inventory): Promise<void> {
       for (const network of host.networks)
         await tx.run('INSERT INTO host_networks VALUES (?, ?)', `h${at}`, `n${network}`);
     }
-    await tx.run(`INSERT INTO jobs VALUES ('j', 'ada', 'request', '{}', 0)`);
+    await tx.run(
+      `INSERT INTO jobs (id, owner, kind, body, created_ms) VALUES ('j', 'ada', 'request', '{}', 0)`,
+    );
     for (const [at, vm] of vms.entries()) {
       await tx.run(
         `INSERT INTO vms (id, owner, job, name, network, generation, state, memory_bytes, vcpus, restart, wanted, created_ms)

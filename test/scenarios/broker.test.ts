@@ -1,222 +1,193 @@
 /**
- * A broker over three hosts of this machine, each with a proxy, cache and mount of its own, and one image server
- * behind the ssh tunnel; users ask through the real command, and real guests boot.
+ * A broker over three hosts, each a network namespace with an address, a proxy, a cache and a mount of its own, and one
+ * image server behind the ssh tunnel; users ask through the real command, and real guests boot.
  */
 import assert from 'node:assert/strict';
-import { spawn } from 'node:child_process';
-import type { ChildProcess } from 'node:child_process';
-import { mkdirSync, writeFileSync } from 'node:fs';
-import net from 'node:net';
-import path from 'node:path';
-import { createInterface } from 'node:readline';
+import { randomBytes } from 'node:crypto';
 import { after, before, suite, test } from 'node:test';
-import { setTimeout as sleep } from 'node:timers/promises';
-import { buildGuest, guestCacheFolder } from '../../bench/guest/build.ts';
-import type { HostInfo, JobInfo, VmInfo } from '../../src/broker/index.ts';
-import { World } from './world.ts';
+import type { HostInfo, ImageInfo, JobInfo, VmInfo } from '../../src/broker/index.ts';
+import { ask } from './console.ts';
+import { eventually, Grid, runningCopies } from './grid.ts';
 
-const MAIN = path.resolve(import.meta.dirname, '..', '..', 'src', 'main.ts');
 const HOSTS = ['one', 'two', 'three'];
+const LONG = process.env['GRIDVFS_LONG'] === '1' ? false : 'a long test';
 
 suite('a broker over three hosts', () => {
-  const world = new World();
-  const socket = path.join(world.folder, 'broker.sock');
-  const tokens = (who: string) => path.join(world.folder, `${who}.token`);
-  const mountpoint = (host: string) => path.join(world.folder, `mnt-${host}`);
-  let broker: ChildProcess;
+  const grid = new Grid(HOSTS);
+  const { world } = grid;
+  before(() => grid.start());
+  after(() => grid.stop());
 
-  async function startBroker(): Promise<void> {
-    broker = spawn(
-      process.execPath,
-      [MAIN, 'broker', 'run', '--state-dir', path.join(world.folder, 'broker'), '--socket', socket, '--json'],
-      { stdio: ['ignore', 'pipe', 'ignore'], env: world.environment },
-    );
-    await new Promise((resolve, reject) => {
-      createInterface({ input: broker.stdout! }).once('line', resolve);
-      broker.once('exit', () => reject(new Error('the broker ended before it was ready')));
-    });
-  }
-  const stopBroker = async (signal: NodeJS.Signals) => {
-    const ended = new Promise((resolve) => broker.once('exit', resolve));
-    broker.kill(signal);
-    await ended;
+  const vmOf = (which: string) => grid.ask<VmInfo>('ada', 'vm', which);
+  /** Gives the guest something that only its memory has. */
+  const setNonce = async (vm: VmInfo) => {
+    const nonce = randomBytes(8).toString('hex');
+    await ask(vm.console!, `N=${nonce}; echo set-$((6*7))`, /set-42/);
+    return nonce;
   };
-  const as = (who: string) => ['--broker', `unix:${socket}`, '--token-file', tokens(who)];
-  const ask = <T>(who: string, ...args: string[]) => world.json<T>('broker', ...args, ...as(who));
+  const nonceOf = async (vm: VmInfo) => (await ask(vm.console!, 'echo "=$N="', /=(\w+)=/)).slice(1, -1);
+  /** Its console is known with its host's next report. */
+  const withConsole = async (which: string) => {
+    await eventually(async () => (await vmOf(which)).console !== undefined);
+    return vmOf(which);
+  };
 
-  before(async () => {
-    const guest = await buildGuest({ guest: 'small', folder: path.join(guestCacheFolder(), 'small') });
-    assert.equal((await world.run('store', 'init', world.store)).code, 0);
-    await world.json(
-      ...[
-        'store',
-        'import',
-        world.store,
-        guest.disk,
-        'small:1',
-        '--kernel',
-        guest.kernel,
-        '--initrd',
-        guest.initrd,
-      ],
-      ...['--label', `boot.cmdline=${guest.commandLine}`, '--label', `boot.ready=${guest.readyText}`],
-      ...['--label', 'os=small', '--label', 'kernel=6.1.0'],
-    );
-    const server = await world.server();
-    await startBroker();
-    const operator = [
-      '--broker',
-      `unix:${socket}`,
-      '--token-file',
-      path.join(world.folder, 'broker', 'operator.token'),
-    ];
-    for (const [who, role] of [
-      ['ada', 'user'],
-      ['bob', 'user'],
-      ['hosts', 'agent'],
-    ] as const) {
-      const { token } = await world.json<{ token: string }>(
-        'broker',
-        'token',
-        'create',
-        who,
-        '--role',
-        role,
-        ...operator,
-      );
-      writeFileSync(tokens(who), token + '\n', { mode: 0o600 });
-    }
-    for (const host of HOSTS) {
-      mkdirSync(mountpoint(host));
-      const of = (what: string) => path.join(world.folder, `${what}-${host}`);
-      await world.json(
-        ...[
-          'mount',
-          server.url,
-          mountpoint(host),
-          '--name',
-          host,
-          '--cache-dir',
-          of('cache'),
-          '--state-dir',
-          of('state'),
-        ],
-        ...['--identity', world.identity, '--host-key', server.fingerprint, '--guest-memory', '1G'],
-        ...[
-          '--broker',
-          `unix:${socket}`,
-          '--token-file',
-          tokens('hosts'),
-          '--broker-host',
-          host,
-          '--network',
-          'lan',
-        ],
-      );
-    }
-    await eventually(async () => {
-      const images = await ask<{ hosts: number }[]>('ada', 'images');
-      return images.find(({ hosts }) => hosts === HOSTS.length) !== undefined;
-    });
-  });
-  after(async () => {
-    for (const host of HOSTS) await world.run('umount', mountpoint(host), '--force');
-    if (broker.exitCode === null && broker.signalCode === null) await stopBroker('SIGTERM');
-    await world.dispose();
-  });
-
-  test('the second request for an image lands on the host that has it warm, and says so', async () => {
-    const first = (
-      await ask<JobInfo>('ada', 'request', '--os', 'small', '--kernel', '>=6 <7', '--memory', '128M')
-    ).vms[0]!;
-    assert.equal(first.state, 'running');
-    assert.ok(first.fetchedBytes! > 0 && first.timeline!['readyMs']! > 0);
-    await ask('ada', 'stop', first.id, '--grace', '0');
-    const second = (await ask<JobInfo>('ada', 'request', 'small', '--memory', '128M', '--name', 'warm'))
-      .vms[0]!;
-    assert.equal(second.host, first.host);
-    assert.match(second.reason!, /[1-9]\d* bytes of the image warm/);
-    assert.ok(
-      second.fetchedBytes! < first.fetchedBytes! / 10,
-      `${second.fetchedBytes} of ${first.fetchedBytes}`,
-    );
-    await ask('ada', 'stop', 'warm', '--grace', '0');
-  });
-
-  test('four clones are requested, booted, listed, reached, stopped and accounted, and nobody else sees them', async () => {
-    const job = await ask<JobInfo>(
-      ...([
-        'ada',
-        'request',
-        'small:1',
-        '--count',
-        '4',
-        '--memory',
-        '128M',
-        '--name',
-        'web',
-        '--policy',
-        'spread',
-      ] as const),
+  test('four clones are requested, booted, listed, reached, suspended, resumed on another host, stopped and accounted', async () => {
+    const job = await grid.ask<JobInfo>(
+      ...(['ada', 'request', 'small:1', '--count', '4', '--memory', '128M'] as const),
+      ...['--name', 'web', '--policy', 'spread'],
     );
     assert.equal(job.state, 'done');
-    assert.deepEqual(
-      [...new Set(job.vms.map(({ host }) => host!))].toSorted(),
-      HOSTS.toSorted(),
-      JSON.stringify([job, await ask('ada', 'hosts')]),
-    );
-    for (const vm of job.vms) assert.match(await pong(vm.console!, vm.id), /pong/);
+    const hostsUsed = [...new Set(job.vms.map(({ host }) => host!))].toSorted();
+    assert.deepEqual(hostsUsed, HOSTS.toSorted(), JSON.stringify(job));
+    for (const { name } of job.vms) {
+      const vm = await withConsole(name);
+      const word = vm.id.replaceAll(/\D/g, '');
+      assert.match(await ask(vm.console!, `ping ${word}`, /pong \d+(?=\r?\n)/), /pong \d+/);
+    }
     const local = await Promise.all(
       HOSTS.map((host) => world.json<{ id: string }[]>('vm', 'ls', '--proxy', host)),
     );
+    const listed = await grid.ask<VmInfo[]>('ada', 'vms');
     assert.deepEqual(
-      local
-        .flat()
-        .map(({ id }) => id)
-        .toSorted(),
-      (await ask<VmInfo[]>('ada', 'vms')).map(({ placedAs }) => placedAs!).toSorted(),
+      local.flatMap((vms) => vms.map(({ id }) => id)).toSorted(),
+      listed.map(({ placedAs }) => placedAs!).toSorted(),
     );
-    assert.deepEqual(await ask('bob', 'vms'), []);
-    await world.refuses(1, /no VM 'web-1'/, 'broker', 'stop', 'web-1', ...as('bob'));
-    await world.refuses(1, /role 'agent' cannot/, 'broker', 'vms', ...as('hosts'));
+    assert.deepEqual(await grid.ask('bob', 'vms'), []);
+    await world.refuses(1, /no VM 'web-1'/, 'broker', 'stop', 'web-1', ...grid.as('bob'));
+    await world.refuses(1, /no VM 'web-1'/, 'broker', 'suspend', 'web-1', ...grid.as('bob'));
+    await world.refuses(1, /role 'agent' cannot/, 'broker', 'vms', ...grid.as('hosts'));
 
-    // A broker that is killed and started again has the same VMs.
-    await stopBroker('SIGKILL');
-    await startBroker();
-    assert.equal((await ask<VmInfo[]>('ada', 'vms')).filter(({ state }) => state === 'running').length, 4);
+    const first = await vmOf('web-1');
+    const nonce = await setNonce(first);
+    await grid.ask('ada', 'suspend', 'web-1');
+    assert.equal((await vmOf('web-1')).state, 'suspended');
+    await eventually(() => runningCopies(first.id).length === 0);
+    const elsewhere = HOSTS.find((host) => host !== first.host)!;
+    await grid.ask('ada', 'resume', 'web-1', '--host', elsewhere);
+    const resumed = await withConsole('web-1');
+    assert.equal(resumed.host, elsewhere);
+    assert.equal(await nonceOf(resumed), nonce);
 
-    await ask('ada', 'stop', ...job.vms.map(({ name }) => name), '--grace', '0');
-    assert.deepEqual(await ask('ada', 'vms'), []);
-    const usage = await ask<{ running: boolean }[]>('ada', 'usage');
-    assert.equal(usage.length, 6);
+    await grid.ask('ada', 'stop', ...job.vms.map(({ name }) => name), '--grace', '0');
+    assert.deepEqual(await grid.ask('ada', 'vms'), []);
+    const usage = await grid.ask<{ vm: string; host: string; running: boolean; storedBytes: number }[]>(
+      'ada',
+      'usage',
+    );
+    assert.equal(usage.length, 5);
     assert.ok(usage.every(({ running }) => !running));
-    const hosts = await ask<HostInfo[]>('ada', 'hosts');
+    const ofFirst = usage.filter(({ vm }) => vm === first.id);
+    assert.deepEqual(
+      ofFirst.map(({ host, storedBytes }) => [host, storedBytes > 0]),
+      [
+        [first.host, true],
+        [elsewhere, false],
+      ],
+    );
+    const hosts = await grid.ask<HostInfo[]>('ada', 'hosts');
     assert.deepEqual(
       hosts.map(({ vms, future }) => [vms, future.memoryBytes]),
       HOSTS.map(() => [0, 2 ** 30]),
     );
   });
+
+  test(
+    'a VM moves and keeps its memory; its disk becomes a version of its user’s own, which boots',
+    { skip: LONG },
+    async () => {
+      await grid.ask('ada', 'request', 'small:1', '--memory', '128M', '--name', 'mover');
+      const before = await withConsole('mover');
+      const nonce = await setNonce(before);
+      await ask(before.console!, 'echo mine > /root/mine; sync; echo kept-$((6*7))', /kept-42/);
+      await grid.ask('ada', 'move', 'mover');
+      const moved = await withConsole('mover');
+      assert.notEqual(moved.host, before.host);
+      assert.equal(await nonceOf(moved), nonce);
+      await grid.ask('ada', 'commit', 'mover', 'ada-small:1', '--label', 'os=small');
+      await grid.ask('ada', 'stop', 'mover', '--grace', '0');
+      const mine = async (who: string) =>
+        (await grid.ask<ImageInfo[]>(who, 'images')).filter(({ image }) => image === 'ada-small');
+      await eventually(async () => (await mine('ada')).length === 1);
+      assert.equal((await mine('ada'))[0]!.owner, 'ada');
+      assert.deepEqual(await mine('bob'), []);
+      await grid.ask('ada', 'request', 'ada-small:1', '--memory', '128M', '--name', 'child');
+      const child = await withConsole('child');
+      assert.equal(await ask(child.console!, 'echo "=$(cat /root/mine)="', /=mine=/), '=mine=');
+      await grid.ask('ada', 'image', 'share', 'ada-small', 'bob');
+      assert.equal((await mine('bob')).length, 1);
+      await grid.ask('ada', 'stop', 'child', '--grace', '0');
+    },
+  );
+
+  test(
+    'the second request for an image lands on the host that has it warm, says so, and starts as a local one does',
+    { skip: LONG },
+    async (t) => {
+      const request = async (...more: string[]) =>
+        (await grid.ask<JobInfo>('ada', 'request', '--os', 'small', '--memory', '128M', ...more)).vms[0]!;
+      const first = await request('--kernel', '>=6 <7');
+      await grid.ask('ada', 'stop', first.id, '--grace', '0');
+      const warm: number[] = [];
+      const local: number[] = [];
+      for (let round = 0; round < 5; round++) {
+        local.push(await grid.startLocally());
+        world.dropPageCache();
+        const vm = await request('--name', 'warm');
+        assert.match(vm.reason!, /[1-9]\d* bytes of the image warm/);
+        warm.push(vm.timeline!['readyMs']! / 1000);
+        await grid.ask('ada', 'stop', 'warm', '--grace', '0');
+      }
+      const median = (values: number[]) => values.toSorted((a, b) => a - b)[values.length >> 1]!;
+      const ratio = median(warm) / median(local);
+      const text = (values: number[]) => values.map((value) => value.toFixed(2)).join(' ');
+      t.diagnostic(`warm ${text(warm)} s, local ${text(local)} s, ratio ${ratio.toFixed(3)}`);
+      // 1.1 on a machine that does nothing else; others may run beside this.
+      assert.ok(ratio < 1.5, String(ratio));
+    },
+  );
+
+  test('a broker that is killed and started again has the same VMs', { skip: LONG }, async () => {
+    await grid.ask('ada', 'request', 'small:1', '--memory', '128M', '--name', 'stays');
+    await grid.stopBroker('SIGKILL');
+    await grid.startBroker();
+    assert.equal((await vmOf('stays')).state, 'running');
+    await grid.ask('ada', 'stop', 'stays', '--grace', '0');
+  });
+
+  test(
+    'a host that is cut off: its VM goes on elsewhere from its last checkpoint, and at no moment do two copies run',
+    { skip: LONG },
+    async () => {
+      await grid.ask('ada', 'request', 'small:1', '--memory', '128M', '--name', 'kept', '--restart');
+      const vm = await withConsole('kept');
+      const nonce = await setNonce(vm);
+      await grid.ask('ada', 'checkpoint', 'kept');
+      let most = 0;
+      let looks = 0;
+      const watch = setInterval(() => {
+        looks++;
+        most = Math.max(most, runningCopies(vm.id).length);
+      }, 20);
+      try {
+        grid.setLink(vm.host!, 'down');
+        await eventually(async () => {
+          const now = await vmOf('kept');
+          return now.state === 'running' && now.host !== vm.host;
+        });
+        const moved = await withConsole('kept');
+        assert.equal(await nonceOf(moved), nonce);
+        grid.setLink(vm.host!, 'up');
+        await eventually(async () => {
+          const there = await world.json<{ id: string }[]>('vm', 'ls', '--proxy', vm.host!);
+          return !there.some(({ id }) => id.startsWith(vm.id));
+        });
+        assert.equal(runningCopies(vm.id).length, 1);
+      } finally {
+        clearInterval(watch);
+      }
+      assert.equal(most, 1, `${looks} looks`);
+      await grid.ask('ada', 'stop', 'kept', '--grace', '0');
+    },
+  );
 });
-
-/** What the guest answers on its console. */
-async function pong(console: string, word: string): Promise<string> {
-  const connection = net.connect(console);
-  try {
-    let text = '';
-    connection.on('data', (part: Buffer) => (text += part.toString('utf8')));
-    await new Promise((resolve, reject) => connection.once('connect', resolve).once('error', reject));
-    connection.write(`ping ${word.replaceAll(/\D/g, '')}\n`);
-    await eventually(async () => /pong \d+\r?\n/.test(text));
-    return text;
-  } finally {
-    connection.destroy();
-  }
-}
-
-async function eventually(what: () => Promise<boolean>): Promise<void> {
-  const endMs = performance.now() + 200_000;
-  while (!(await what())) {
-    if (performance.now() > endMs) assert.fail('it did not happen in time');
-    await sleep(50);
-  }
-}

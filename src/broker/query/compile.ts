@@ -58,7 +58,8 @@ export function candidates(query: Query, principal: Principal): Sql {
   if (query.find === 'vms') {
     from = 'vms v';
     add(`v.state = 'running'`);
-    if (principal.role !== 'operator') add('v.owner = ?', principal.user);
+    // Networks are read one after the other: by the index of those, and not by the owner's.
+    if (principal.role !== 'operator') add(grouped ? `v.owner || '' = ?` : 'v.owner = ?', principal.user);
     if (query.scope) add('v.network IN (SELECT id FROM near)');
     if (query.canRun) throw new GridError('bad-request', 'canRun is asked of hosts and futures');
   } else {
@@ -80,6 +81,7 @@ export function candidates(query: Query, principal: Principal): Sql {
     const [column, value] = checked(query, condition);
     add(`${column} ${condition.operator === '!=' ? '<>' : condition.operator} ?`, value);
   }
+  for (const { text, value } of reachable(query)) add(text, ...value);
   if (grouped) add(`${network} IS NOT NULL`);
   const { memoryBytes, vcpus, id } = FIELDS[query.find];
   const shown = grouped || query.find === 'vms' ? network : 'NULL';
@@ -88,6 +90,30 @@ export function candidates(query: Query, principal: Principal): Sql {
       ${shown} AS network FROM ${from} WHERE ${conditions.join(' AND ')}`,
     values: [...near, ...values],
   };
+}
+
+/** A resource that is in a set leaves room for the others: what the smallest of them need, and the largest can add.
+ * Those that cannot be in any set are not read. */
+function reachable(query: Query): { text: string; value: Value[] }[] {
+  if (query.approximate) return [];
+  const others = (query.count ?? 1) - 1;
+  const [table, where] = {
+    hosts: ['hosts', ''],
+    futures: ['futures', ''],
+    vms: ['vms', ` WHERE state = 'running'`],
+  }[query.find];
+  return (query.total ?? []).flatMap(({ field, atLeast, atMost }) => {
+    const column = FIELDS[query.find][field]![0];
+    const extreme = (which: string) => `(SELECT ${which}(${column.slice(2)}) FROM ${table}${where})`;
+    const room = (operator: string, bound: number, which: string) => ({
+      text: `${column} ${operator} CAST(? AS BIGINT) - CAST(? AS BIGINT) * ${extreme(which)}`,
+      value: [bound, others],
+    });
+    return [
+      ...(atLeast === undefined ? [] : [room('>=', atLeast, 'max')]),
+      ...(atMost === undefined ? [] : [room('<=', atMost, 'min')]),
+    ];
+  });
 }
 
 /** `approximate`: what each of a set must have for its total. */

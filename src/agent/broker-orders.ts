@@ -1,0 +1,237 @@
+/**
+ * What a broker's orders do on this host. An order may come again, after a restart of the broker or of this host's
+ * proxy: each looks first at what is there already. Orders of one VM are carried out one after the other.
+ *
+ *   run         boots a clone of an image, or goes on from a checkpoint in the store; waits for the guest
+ *   suspend     to this host's disk, then as a checkpoint into the store; what is on the disk stays until the broker
+ *               no longer names the VM as this host's
+ *   checkpoint  the same, and the VM goes on
+ *   commit      the disk as it is becomes a version of an image
+ *   stop, warm, refresh
+ */
+import { setTimeout as sleep } from 'node:timers/promises';
+import { asGridError, GridError } from '../core/errors.ts';
+import type { Order, OrderResult } from '../core/grid.ts';
+import type { LeasedVm, LeasedVms } from './broker-lease.ts';
+
+export interface LinkVm extends LeasedVm {
+  readonly reason?: string;
+  readonly readyText?: string;
+  readonly consoleSocket: string;
+  readonly timeline: { readonly clonedMs?: number; readonly startedMs?: number; readonly readyMs?: number };
+}
+
+/** What the link needs of the agent's machines, those that are suspended among them. */
+export interface LinkMachines {
+  list(): readonly LinkVm[];
+  run(request: {
+    image: string;
+    name: string;
+    memoryBytes: number;
+    vcpus: number;
+    network: 'user' | 'none';
+  }): Promise<LinkVm>;
+  /** Goes on from a checkpoint in the store. */
+  runFrom(checkpoint: string, name: string): Promise<LinkVm>;
+  status(id: string): LinkVm;
+  ready(id: string, timeoutMs: number): Promise<LinkVm>;
+  /** A suspended one is thrown away. */
+  stop(id: string, graceMs: number): Promise<void>;
+  suspend(id: string): Promise<unknown>;
+  resume(id: string): Promise<unknown>;
+  /** A checkpoint in the store, of one that is suspended. */
+  publish(id: string, reference: string): Promise<{ digest: string; newStoredBytes: number }>;
+  commit(
+    id: string,
+    reference: string,
+    labels: Readonly<Record<string, string>>,
+  ): Promise<{ digest: string; newStoredBytes: number }>;
+}
+
+export interface OrderParts {
+  readonly machines: LinkMachines;
+  cache(): Promise<{ warmBytes: Record<string, number>; fetchedBytes: number }>;
+  /** Fetches an image ahead. */
+  warm(image: string): Promise<void>;
+  readonly log: (line: string) => void;
+}
+
+/** A checkpoint that another host made may be in this one's list of tags only after a while. */
+const TAG_SEEN_MS = 20_000;
+const GO_ON_EVERY_MS = 100;
+
+type Result = Omit<OrderResult, 'order'>;
+
+export class OrderWork {
+  readonly #parts: OrderParts;
+  readonly #leased: LeasedVms;
+  readonly #refresh: () => void;
+  #closed = false;
+  /** By VM: the last of its orders. */
+  readonly #last = new Map<string, Promise<unknown>>();
+
+  constructor(parts: OrderParts, leased: LeasedVms, refresh: () => void) {
+    this.#parts = parts;
+    this.#leased = leased;
+    this.#refresh = refresh;
+  }
+
+  /** What waits for a lease waits no longer. */
+  close(): void {
+    this.#closed = true;
+  }
+
+  /** VMs that something is done to: they are this host's also where no list has them at the moment. */
+  busy(): string[] {
+    return [...this.#last.keys()];
+  }
+
+  /** Never rejects. */
+  async carryOut(order: Order): Promise<OrderResult> {
+    try {
+      return { order: order.id, ...(await this.#execute(order)) };
+    } catch (error) {
+      const { code, message } = asGridError(error, `cannot carry out ${order.id}`, 'bug');
+      return { order: order.id, error: { code, message } };
+    }
+  }
+
+  #execute(order: Order): Promise<Result> {
+    const { machines } = this.#parts;
+    switch (order.kind) {
+      case 'run':
+        return this.#run(order);
+      case 'stop':
+        return this.#inTurn(order.vm, () => this.#stop(order.vm, order.graceMs));
+      case 'suspend':
+        return this.#inTurn(order.vm, () => this.#suspend(order.vm, order.checkpoint));
+      case 'checkpoint':
+        return this.#inTurn(order.vm, () => this.#checkpoint(order.vm, order.checkpoint));
+      case 'commit':
+        return this.#inTurn(order.vm, () =>
+          this.#made(machines.commit(order.vm, order.reference, order.labels ?? {})),
+        );
+      case 'warm':
+        return this.#parts.warm(order.image).then(() => ({}));
+      case 'refresh':
+        this.#refresh();
+        return Promise.resolve({});
+      default:
+        throw new GridError('unsupported', `this gridvfs knows no order '${(order as Order).kind}'`);
+    }
+  }
+
+  async #inTurn<T>(vm: string, task: () => Promise<T>): Promise<T> {
+    const before = this.#last.get(vm);
+    const mine = (async () => {
+      await before?.catch(() => undefined);
+      return task();
+    })();
+    this.#last.set(vm, mine);
+    try {
+      return await mine;
+    } finally {
+      if (this.#last.get(vm) === mine) this.#last.delete(vm);
+    }
+  }
+
+  async #made(work: Promise<{ digest: string; newStoredBytes: number }>): Promise<Result> {
+    const { digest, newStoredBytes } = await work;
+    return { made: { manifest: digest, storedBytes: newStoredBytes } };
+  }
+
+  async #stop(id: string, graceMs: number): Promise<Result> {
+    const { machines } = this.#parts;
+    try {
+      const vm = machines.status(id);
+      if (this.#leased.leased) this.#leased.proceed(vm);
+      else this.#leased.endPaused(vm);
+      await machines.stop(id, graceMs);
+    } catch (error) {
+      if (!(error instanceof GridError) || error.code !== 'not-found') throw error;
+    }
+    await this.#leased.drop(id);
+    return {};
+  }
+
+  async #suspend(id: string, checkpoint: string): Promise<Result> {
+    const { machines } = this.#parts;
+    if (machines.status(id).state !== 'suspended') await machines.suspend(id);
+    try {
+      return await this.#made(machines.publish(id, checkpoint));
+    } catch (error) {
+      // Without a checkpoint in the store nobody else could resume it: it runs on here.
+      await this.#goOn(id).catch((failure: unknown) =>
+        this.#parts.log(`VM ${id} stays suspended: ${String(failure)}`),
+      );
+      throw error;
+    }
+  }
+
+  /** Not the agent's own `publish` of one that runs: that would let it go on whether there is a lease or not. */
+  async #checkpoint(id: string, checkpoint: string): Promise<Result> {
+    const { machines } = this.#parts;
+    if (machines.status(id).state !== 'suspended') await machines.suspend(id);
+    try {
+      return await this.#made(machines.publish(id, checkpoint));
+    } finally {
+      await this.#goOn(id);
+    }
+  }
+
+  /** Goes on with a suspended VM once that is allowed. One that was started elsewhere meanwhile is thrown away. */
+  async #goOn(id: string): Promise<void> {
+    const { machines } = this.#parts;
+    for (;;) {
+      const when = this.#leased.mayGoOn(id);
+      if (when === 'now') break;
+      if (when === 'never') {
+        await machines.stop(id, 0);
+        await this.#leased.drop(id);
+        throw new GridError('closed', `VM ${id} is not this host's any more`);
+      }
+      if (this.#closed) throw new GridError('closed', 'the proxy ends; the VM stays suspended');
+      await sleep(GO_ON_EVERY_MS);
+    }
+    await machines.resume(id);
+    this.#leased.enforce();
+  }
+
+  async #run(order: Extract<Order, { kind: 'run' }>): Promise<Result> {
+    const { machines } = this.#parts;
+    const before = (await this.#parts.cache()).fetchedBytes;
+    let vm = await this.#inTurn(order.vm, async () => {
+      if (order.restart) {
+        await this.#leased.add(order.vm);
+        if (!this.#leased.leased) throw new GridError('closed', 'this host has no lease to start it under');
+      }
+      const started = await this.#start(order);
+      this.#leased.enforce();
+      return started;
+    });
+    // Not in its turn: a guest that never answers can be stopped.
+    if (vm.readyText !== undefined) vm = await machines.ready(order.vm, order.readyTimeoutMs);
+    return {
+      timeline: vm.timeline,
+      fetchedBytes: Math.max(0, (await this.#parts.cache()).fetchedBytes - before),
+    };
+  }
+
+  /** An order that comes again finds its VM. */
+  async #start(order: Extract<Order, { kind: 'run' }>): Promise<LinkVm> {
+    const { machines } = this.#parts;
+    const { vm: name, image, memoryBytes, vcpus, network, checkpoint } = order;
+    const there = machines.list().find(({ id, state }) => id === name && state !== 'failed');
+    if (there) return there;
+    if (checkpoint === undefined) return machines.run({ name, image, memoryBytes, vcpus, network });
+    for (const endMs = performance.now() + TAG_SEEN_MS; ;) {
+      try {
+        return await machines.runFrom(checkpoint, name);
+      } catch (error) {
+        const early = error instanceof GridError && error.code === 'not-found' && performance.now() < endMs;
+        if (!early) throw error;
+        await sleep(500);
+      }
+    }
+  }
+}

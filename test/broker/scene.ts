@@ -1,0 +1,75 @@
+/** A broker with hosts named so, and a user who asks: what most tests of the broker begin with. */
+import { randomUUID } from 'node:crypto';
+import type { BrokerClient } from '../../src/agent/broker-client.ts';
+import type { ImageInfo, JobInfo, VmInfo } from '../../src/broker/index.ts';
+import type { LeaseTimes } from '../../src/broker/loads.ts';
+import { Cable, eventually, startBroker, TestHost, version } from './harness.ts';
+import type { Databases, Running } from './harness.ts';
+
+export const DEBIAN = [version('debian', '12', { os: 'debian', kernel: '6.1.0', 'library.libc': '2.36' })];
+
+export interface Scene {
+  readonly running: Running;
+  readonly user: BrokerClient;
+  readonly hosts: TestHost[];
+  readonly vm: (which: string) => Promise<VmInfo>;
+  /** A job that has ended. */
+  readonly settled: (id: string) => Promise<JobInfo>;
+  /** One VM that runs. */
+  readonly request: (body?: object) => Promise<VmInfo>;
+  /** What is done to a VM, until that is over. */
+  readonly act: (which: string, verb: string, body?: object) => Promise<JobInfo>;
+  readonly hostOf: (vm: VmInfo) => TestHost;
+}
+
+/** All of it is ended with `stack`. */
+export async function scene(
+  stack: AsyncDisposableStack,
+  databases: Databases,
+  names: readonly string[],
+  leaseTimes: LeaseTimes = { leaseMs: 20_000, marginMs: 10_000 },
+): Promise<Scene> {
+  const database = await databases.fresh();
+  const running = await startBroker(database, databases.folder, { leaseTimes });
+  stack.defer(() => running.close());
+  const token = (await running.broker.access.create('hosts', 'agent')).token;
+  const hosts: TestHost[] = [];
+  const store = new Map<string, string>();
+  for (const name of names) {
+    const host = new TestHost(`${name}-${databases.dialect}`, databases.folder, DEBIAN).connectBy(
+      await Cable.to(running.socket, databases.folder),
+      token,
+    );
+    host.machines.store = store;
+    stack.defer(() => host.close());
+    hosts.push(host);
+  }
+  const user = await running.as('ada');
+  await eventually(async () => {
+    const images = await user.call<ImageInfo[]>('GET', '/v1/images');
+    return names.length === 0 || images[0]?.hosts === names.length;
+  });
+  const settled = (id: string) =>
+    eventually(async () => {
+      const now = await user.call<JobInfo>('GET', `/v1/jobs/${id}`);
+      return now.state !== 'running' && now;
+    });
+  return {
+    running,
+    user,
+    hosts,
+    settled,
+    vm: (which) => user.call<VmInfo>('GET', `/v1/vms/${which}`),
+    async request(body = {}) {
+      const { id } = await user.call<JobInfo>('POST', '/v1/vms', { image: 'debian', ...body });
+      return (await settled(id)).vms[0]!;
+    },
+    async act(which, verb, body = {}) {
+      const { id } = await user.call<JobInfo>('POST', `/v1/vms/${which}/${verb}`, body, {
+        headers: { 'idempotency-key': randomUUID() },
+      });
+      return settled(id);
+    },
+    hostOf: (vm) => hosts.find(({ facts }) => facts.host === vm.host)!,
+  };
+}
