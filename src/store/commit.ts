@@ -1,206 +1,177 @@
 /**
- * Commit: a disk that was made from an image of the store becomes its next version. What did not change is taken
- * from the parent's chunk table as it is; only chunks with changes are read, hashed, compressed and written, so the
- * work goes with what changed. Chunks that have become all zero leave the table. Of the disk only the changed
- * blocks are read; the lanes take the others of a chunk from the parent's, which is in this store.
+ * Commit: a disk that was made from an image of a store on this host becomes its next version there (new-version.ts).
+ * Of the disk only the changed blocks are read; the lanes take the others of a chunk from the parent's, which is in
+ * this store.
  *
- *   changed blocks → runs of a lane's unit, read while the lanes pack the ones before → flush → table → manifest → tag
+ *   changed blocks → units, read some ahead of the lanes → lanes: complete, hash, compress, temp file → batches
+ *     → publish, under the store's lock, unless a collection took what was found there: then a second pass
  */
-import { ChunkTable, encodeChunkTable } from '../core/chunk-table.ts';
-import { compress } from '../core/chunk.ts';
-import type { ChunkRef } from '../core/chunk.ts';
+import { sha256 } from '../core/bytes.ts';
 import type { Digest } from '../core/bytes.ts';
-import { GridError } from '../core/errors.ts';
-import { LABEL_LENGTH_MAX, LABELS_MAX, LAYER_BLOCK_BYTES, MIB, NAME_LENGTH_MAX } from '../core/limits.ts';
-import {
-  chunkCountOf,
-  chunkLengthOf,
-  encodeManifest,
-  parseManifest,
-  parseReference,
-} from '../core/manifest.ts';
-import type { Manifest, Tag } from '../core/manifest.ts';
+import { LAYER_BLOCK_BYTES, MIB } from '../core/limits.ts';
+import { chunkLengthOf, parseManifest } from '../core/manifest.ts';
+import type { Tag } from '../core/manifest.ts';
+import type { NewImage } from '../core/uploads.ts';
+import { Batches } from './batches.ts';
 import type { PackedChunk, PackJob } from './jobs.ts';
 import { Lanes } from './lanes.ts';
+import { checkCancelled, makeVersion } from './new-version.ts';
+import type { Changes, NewVersion, NewVersionOptions, Packed, VersionEnd } from './new-version.ts';
 import type { Store } from './store.ts';
 import { Writer } from './writer.ts';
 
 const BLOCK = LAYER_BLOCK_BYTES;
 /** A unit of work of a lane. */
 const UNIT_BYTES = 1 * MIB;
-/** Read ahead of the lanes and flushed together. */
-const ROUND_BYTES = 32 * MIB;
+/** Units that are read before a lane is free for them. */
+const UNITS_AHEAD = 4;
 /** Below this much the start of threads takes longer than the work. */
 const INLINE_BYTES_MAX = 8 * MIB;
 
-export interface CommitOptions {
-  /** Manifest of the image that the disk was made from; must be in the store. */
+export interface CommitOptions extends Omit<NewVersionOptions, 'own' | 'chunkBytes'> {
   readonly parent: Digest;
-  /** `name:version` to point at the result. */
-  readonly reference: string;
-  /** Of the disk: at least the parent's. */
-  readonly sizeBytes: number;
-  /** Numbers, rising, of chunks that may differ from the parent; `chunkBytes` are the parent's. */
-  readonly changed: (chunkBytes: number) => Iterable<number>;
   /** Of a chunk that `changed` names, whether block `block` (4 KiB, counted from the disk's start) may differ. */
   readonly isChanged: (block: number) => boolean;
-  /** True: every block that is not changed is zeros, whatever the parent has there. */
-  readonly standalone?: boolean;
   /** Fills `target` with the disk's content from `offsetBytes`, changed blocks only; nobody writes to it meanwhile. */
   readonly read: (target: Uint8Array, offsetBytes: number) => Promise<void>;
-  /** Beside the parent's, which they replace where they have the same key. */
-  readonly labels?: Readonly<Record<string, string>>;
-  readonly onProgress?: (doneBytes: number, totalBytes: number) => void;
-  readonly signal?: AbortSignal;
+  /** The same of a whole chunk, where all of it is on this host in plain: a tenth of what unpacking the parent's
+   * takes. False: some of it is not, and `target` is incomplete. */
+  readonly readHere?: (target: Uint8Array, offsetBytes: number) => boolean;
 }
 
-export interface CommitResult {
-  readonly manifest: Manifest;
-  readonly digest: Digest;
-  readonly tag: Tag;
-  /** Chunks that were read and hashed. */
-  readonly changedChunks: number;
-  /** Of those, what the store did not have: all that is uploaded. */
-  readonly newChunks: number;
-  readonly newStoredBytes: number;
-}
+export type CommitResult = NewVersion;
 
 /**
  * Makes the new version, durable when it resolves; a failure or a cancel leaves no tag and no temp file.
  * Throws bad-request (reference, labels, a disk that is smaller than its parent), not-found (parent), no-space,
- * local-io, closed (cancelled), and what `read` throws.
+ * local-io, in-use, closed (cancelled), and what `read` throws.
  */
 export async function commitImage(store: Store, options: CommitOptions): Promise<CommitResult> {
-  const { name, version } = parseReference(options.reference);
-  const parent = parseManifest(await store.readManifest(options.parent), options.parent);
-  if (options.sizeBytes < parent.sizeBytes) {
-    throw new GridError('bad-request', `the disk has ${options.sizeBytes} bytes, fewer than its parent's`);
-  }
-  const labels = checkedLabels({ ...parent.labels, ...options.labels });
-  const table = ChunkTable.parse(await store.readTable(parent.table), parent.table);
-  const { sizeBytes, signal } = options;
-  const size = { sizeBytes, chunkBytes: parent.chunkBytes };
-  const count = chunkCountOf(size);
-
-  const changed = new Set(options.changed(parent.chunkBytes));
-  // A last chunk that was short is a longer one now, with another digest.
-  const tail = Math.floor(parent.sizeBytes / parent.chunkBytes);
-  if (sizeBytes > parent.sizeBytes && parent.sizeBytes % parent.chunkBytes !== 0 && !options.standalone) {
-    changed.add(tail);
-  }
-  const indexes = [...changed].toSorted((a, b) => a - b);
-  const totalBytes = indexes.reduce((sum, index) => sum + chunkLengthOf(size, index), 0);
-
   const writer = await Writer.begin(store.layout);
-  const lanes = new Lanes(totalBytes > INLINE_BYTES_MAX);
-  const packed: PackedChunk[] = [];
-  let reading: Promise<PackJob[]> | undefined;
-  let flushing: Promise<void> | undefined;
   try {
-    const rounds = roundsOf(indexes, size);
-    const refOf = (index: number) => {
-      const below = options.standalone || index >= table.count ? undefined : table.digestOf(index);
-      return below === undefined ? undefined : { digest: below, plainBytes: chunkLengthOf(parent, index) };
-    };
-    const source = { options, size, refOf, storeFolder: store.layout.folder, writerFolder: writer.folder };
-    reading = readRound(rounds.next().value, source);
-    // What is read for the next round may fail while this one is packed; it is awaited below.
-    reading.catch(() => {});
-    let doneBytes = 0;
-    for (;;) {
-      checkCancelled(signal, options.reference);
-      const jobs = await reading;
-      if (jobs.length === 0) break;
-      reading = readRound(rounds.next().value, source);
-      reading.catch(() => {});
-      const fresh: Digest[] = [];
-      await lanes.runAll(jobs, signal, (chunks, job) => {
-        packed.push(...chunks);
-        for (const { digest, isNew } of chunks) if (isNew) fresh.push(digest);
-        doneBytes += job.lengthBytes;
-        options.onProgress?.(doneBytes, totalBytes);
-      });
-      // One at a time, while the next round is packed: a flush waits for the disk, packing for the processor.
-      await flushing;
-      flushing = writer.flush(fresh.map((digest) => ({ kind: 'chunks' as const, digest })));
-      flushing.catch(() => {});
-    }
-    await flushing;
-
-    const chunks = packed.map(({ index, digest, storedBytes }) => ({ index, digest, storedBytes }));
-    if (!options.standalone)
-      for (const entry of table.entries()) if (!changed.has(entry.index)) chunks.push(entry);
-    chunks.sort((a, b) => a.index - b.index);
-    const encoded = encodeChunkTable(parent.chunkBytes, count, chunks);
-    const { bytes, digest } = encodeManifest({
-      schema: 1,
-      kind: parent.kind,
-      ...size,
-      table: encoded.digest,
-      nonzeroBytes: chunks.reduce((sum, { index }) => sum + chunkLengthOf(size, index), 0),
-      parent: options.parent,
-      labels,
-      parts: parent.parts,
-      created: new Date().toISOString(),
-    });
-    writer.put('tables', encoded.digest, compress(encoded.bytes));
-    writer.put('manifests', digest, bytes);
-    await writer.flush([
-      { kind: 'tables', digest: encoded.digest },
-      { kind: 'manifests', digest },
-    ]);
-    await writer.sync();
-    checkCancelled(signal, options.reference);
-    const tag = await store.setTag(name, version, digest);
-    const fresh = packed.filter(({ isNew }) => isNew);
-    return {
-      manifest: parseManifest(bytes, digest),
-      digest,
-      tag,
-      changedChunks: indexes.length,
-      newChunks: fresh.length,
-      newStoredBytes: fresh.reduce((sum, { storedBytes }) => sum + storedBytes, 0),
-    };
+    const { tag, ...made } = await makeVersion(store, new StoreEnd(store, writer, options), options);
+    return { ...made, tag: tag! };
   } finally {
-    // The caller may close the disk when we are done.
-    await reading?.catch(() => {});
-    await flushing?.catch(() => {});
-    await lanes.close();
     writer.end();
   }
 }
 
-function checkCancelled(signal: AbortSignal | undefined, reference: string): void {
-  if (signal?.aborted) throw new GridError('closed', `the commit of ${reference} was cancelled`);
-}
+/** Chunks on their way into a store that is a folder here. */
+class StoreEnd implements VersionEnd {
+  readonly #store: Store;
+  readonly #writer: Writer;
+  readonly #disk: CommitOptions;
+  #batches: Batches;
 
-/** Throws bad-request for labels that no manifest may have. */
-export function checkedLabels(labels: Record<string, string>): Record<string, string> {
-  const entries = Object.entries(labels);
-  if (entries.length > LABELS_MAX) throw new GridError('bad-request', `more than ${LABELS_MAX} labels`);
-  for (const [key, value] of entries) {
-    if (key.length > NAME_LENGTH_MAX || value.length > LABEL_LENGTH_MAX) {
-      throw new GridError(
-        'bad-request',
-        `the label '${key.slice(0, NAME_LENGTH_MAX)}' or its value is too long`,
-      );
-    }
+  constructor(store: Store, writer: Writer, disk: CommitOptions) {
+    this.#store = store;
+    this.#writer = writer;
+    this.#disk = disk;
+    this.#batches = new Batches(writer);
   }
-  return labels;
+
+  async pack(changes: Changes, again: boolean): Promise<Packed> {
+    const { totalBytes, signal, onProgress } = changes;
+    const lanes = new Lanes(totalBytes > INLINE_BYTES_MAX);
+    const units = new ReadAhead(unitsOf(changes), (unit) => this.#read(unit, changes, again));
+    const chunks: PackedChunk[] = [];
+    let doneBytes = 0;
+    try {
+      checkCancelled(changes);
+      await lanes.runAll(units.jobs(), signal, async (packed, job) => {
+        chunks.push(...packed);
+        doneBytes += job.lengthBytes;
+        onProgress?.(doneBytes, totalBytes);
+        await this.#batches.add(packed);
+      });
+      await this.#batches.settle();
+    } catch (error) {
+      // Whatever stopped first: what the caller did is the reason.
+      checkCancelled(changes);
+      throw error;
+    } finally {
+      // The caller may close the disk when we are done.
+      await units.settle();
+      await this.#batches.settle().catch(() => {});
+      await lanes.close();
+    }
+    const fresh = chunks.filter(({ isNew }) => isNew);
+    return {
+      chunks,
+      newChunks: fresh.length,
+      newStoredBytes: fresh.reduce((sum, { storedBytes }) => sum + storedBytes, 0),
+    };
+  }
+
+  async publish(
+    { manifest, table, name, version }: NewImage,
+    used: Iterable<Digest>,
+  ): Promise<Tag | undefined> {
+    const digest = sha256(manifest);
+    const described = [
+      { kind: 'tables', digest: parseManifest(manifest, digest).table },
+      { kind: 'manifests', digest },
+    ] as const;
+    this.#writer.put('tables', described[0].digest, table);
+    this.#writer.put('manifests', digest, manifest);
+    if (!(await this.#writer.publish(this.#batches.take(), described, used))) return undefined;
+    await this.#writer.sync();
+    checkCancelled(this.#disk);
+    return this.#store.setTag(name, version, digest);
+  }
+
+  /** Changed blocks, and, where it costs less than unpacking, what lies around them. */
+  async #read(unit: Unit, { size, refBelow, reference }: Changes, renew: boolean): Promise<PackJob> {
+    const { firstChunk, lengthBytes } = unit;
+    const { chunkBytes } = size;
+    const plain = Buffer.alloc(lengthBytes);
+    const has = new Uint8Array(Math.ceil(lengthBytes / BLOCK));
+    const startBytes = firstChunk * chunkBytes;
+    const chunks = Array.from({ length: Math.ceil(lengthBytes / chunkBytes) }, (_, i) =>
+      refBelow(firstChunk + i),
+    );
+    for (let i = 0; i < has.length; i++) has[i] = this.#disk.isChanged(startBytes / BLOCK + i) ? 1 : 0;
+    const wanted = has.slice();
+    for (const [i, below] of chunks.entries()) {
+      const part = has.subarray((i * chunkBytes) / BLOCK, ((i + 1) * chunkBytes) / BLOCK);
+      if (!below || !this.#disk.readHere || part.every((own) => own === 1)) continue;
+      const at = i * chunkBytes;
+      if (!this.#disk.readHere(plain.subarray(at, at + chunkBytes), startBytes + at)) continue;
+      part.fill(1);
+      wanted.fill(0, at / BLOCK, at / BLOCK + part.length);
+    }
+    const reads: Promise<void>[] = [];
+    for (let i = 0; i < wanted.length; i++) {
+      const first = i;
+      while (wanted[i] === 1) i++;
+      if (i === first) continue;
+      reads.push(this.#disk.read(plain.subarray(first * BLOCK, i * BLOCK), startBytes + first * BLOCK));
+    }
+    for (const result of await Promise.allSettled(reads))
+      if (result.status === 'rejected') throw result.reason;
+    return {
+      type: 'pack',
+      fd: -1,
+      plain,
+      below: { blockBytes: BLOCK, has, chunks },
+      path: reference,
+      storeFolder: this.#store.layout.folder,
+      writerFolder: this.#writer.folder,
+      chunkBytes,
+      firstChunk,
+      lengthBytes,
+      renew,
+    };
+  }
 }
 
-interface Run {
+interface Unit {
   readonly firstChunk: number;
   readonly lengthBytes: number;
 }
 
-/** Neighbouring chunks as units, and units as rounds. Ends with an empty round. */
-function* roundsOf(
-  indexes: readonly number[],
-  size: Pick<Manifest, 'sizeBytes' | 'chunkBytes'>,
-): Generator<Run[], Run[], void> {
-  let round: Run[] = [];
-  let roundBytes = 0;
+/** Neighbouring chunks. */
+function* unitsOf({ indexes, size }: Changes): Generator<Unit, void, void> {
   for (let i = 0; i < indexes.length;) {
     const firstChunk = indexes[i]!;
     let lengthBytes = 0;
@@ -209,60 +180,39 @@ function* roundsOf(
       if (lengthBytes > 0 && lengthBytes + chunk > UNIT_BYTES) break;
       lengthBytes += chunk;
     }
-    round.push({ firstChunk, lengthBytes });
-    roundBytes += lengthBytes;
-    if (roundBytes < ROUND_BYTES) continue;
-    yield round;
-    round = [];
-    roundBytes = 0;
+    yield { firstChunk, lengthBytes };
   }
-  if (round.length > 0) yield round;
-  return [];
 }
 
-interface RoundSource {
-  readonly options: CommitOptions;
-  readonly size: Pick<Manifest, 'sizeBytes' | 'chunkBytes'>;
-  /** The parent's chunk. */
-  readonly refOf: (index: number) => ChunkRef | undefined;
-  readonly storeFolder: string;
-  readonly writerFolder: string;
-}
+/** Reads units while the lanes pack the ones before. */
+class ReadAhead {
+  readonly #units: Generator<Unit, void, void>;
+  readonly #read: (unit: Unit) => Promise<PackJob>;
+  readonly #ahead: Promise<PackJob>[] = [];
 
-async function readRound(runs: readonly Run[], source: RoundSource): Promise<PackJob[]> {
-  const jobs = await Promise.allSettled(runs.map((run) => readRun(run, source)));
-  return jobs.map((job) => {
-    if (job.status === 'rejected') throw job.reason;
-    return job.value;
-  });
-}
-
-async function readRun({ firstChunk, lengthBytes }: Run, source: RoundSource): Promise<PackJob> {
-  const { options, size, refOf } = source;
-  const { chunkBytes } = size;
-  const plain = Buffer.alloc(lengthBytes);
-  const has = new Uint8Array(Math.ceil(lengthBytes / BLOCK));
-  const startBytes = firstChunk * chunkBytes;
-  for (let i = 0; i < has.length; i++) has[i] = options.isChanged(startBytes / BLOCK + i) ? 1 : 0;
-  const reads: Promise<void>[] = [];
-  for (let i = 0; i < has.length; i++) {
-    const first = i;
-    while (has[i] === 1) i++;
-    if (i === first) continue;
-    reads.push(options.read(plain.subarray(first * BLOCK, i * BLOCK), startBytes + first * BLOCK));
+  constructor(units: Generator<Unit, void, void>, read: (unit: Unit) => Promise<PackJob>) {
+    this.#units = units;
+    this.#read = read;
   }
-  for (const result of await Promise.allSettled(reads)) if (result.status === 'rejected') throw result.reason;
-  const chunks = Array.from({ length: Math.ceil(lengthBytes / chunkBytes) }, (_, i) => refOf(firstChunk + i));
-  return {
-    type: 'pack',
-    fd: -1,
-    plain,
-    below: { blockBytes: BLOCK, has, chunks },
-    path: options.reference,
-    storeFolder: source.storeFolder,
-    writerFolder: source.writerFolder,
-    chunkBytes,
-    firstChunk,
-    lengthBytes,
-  };
+
+  *jobs(): Generator<Promise<PackJob>, void, void> {
+    for (;;) {
+      while (this.#ahead.length <= UNITS_AHEAD) {
+        const next = this.#units.next();
+        if (next.done) break;
+        const job = this.#read(next.value);
+        // It may fail before anybody waits for it.
+        job.catch(() => {});
+        this.#ahead.push(job);
+      }
+      const first = this.#ahead.shift();
+      if (!first) return;
+      yield first;
+    }
+  }
+
+  /** Ends when nothing is being read any more. */
+  async settle(): Promise<void> {
+    await Promise.allSettled(this.#ahead);
+  }
 }

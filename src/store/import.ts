@@ -36,6 +36,7 @@ import { encodeManifest, isName, MANIFEST_KINDS, parseManifest, parseReference }
 import type { Manifest, ManifestKind, Tag } from '../core/manifest.ts';
 import { convertToRaw, detectFormat, IMAGE_FORMATS } from './formats.ts';
 import type { ImageFormat } from './formats.ts';
+import { Batches } from './batches.ts';
 import type { PackedChunk, PackJob } from './jobs.ts';
 import { Lanes } from './lanes.ts';
 import type { Store } from './store.ts';
@@ -43,10 +44,6 @@ import { Writer } from './writer.ts';
 
 /** A unit of work of a lane: about 15 ms of one processor, so that a cancel is felt at once. */
 const UNIT_BYTES = 4 * MIB;
-/** New chunks wait for a flush until they are this many bytes or this many; a kill costs two batches at most, the one
- * that is being flushed and the next. Small ones spread the disk's work over the import, and the last one is short. */
-const BATCH_BYTES = 32 * MIB;
-const BATCH_OBJECTS = 4096;
 /** Below this much data the start of threads takes longer than the work. */
 const INLINE_BYTES_MAX = 8 * MIB;
 const SECTOR_BYTES = 512;
@@ -175,9 +172,7 @@ class ImportRun {
   #nonzeroBytes = 0;
   #newChunks = 0;
   #newStoredBytes = 0;
-  #batch: Digest[] = [];
-  #batchBytes = 0;
-  #flushing: Promise<void> = Promise.resolve();
+  #batches: Batches | undefined;
   /** Tables and manifests, by digest (two parts may be the same file), for the last flush. */
   readonly #described = new Map<Digest, { kind: 'tables' | 'manifests'; digest: Digest }>();
 
@@ -196,6 +191,7 @@ class ImportRun {
       const partFiles = parts.map((part) => ({ name: part.name, file: this.#open(part.path, part.kind) }));
       this.#checkAborted();
       this.#writer = await Writer.begin(this.#store.layout);
+      this.#batches = new Batches(this.#writer);
       await this.#convert(image);
       let units = new Map(this.#sources.map((source) => [source, this.#unitsOf(source)]));
       for (const jobs of units.values()) for (const job of jobs) this.#totalBytes += job.lengthBytes;
@@ -218,8 +214,8 @@ class ImportRun {
           ...(parent === undefined ? {} : { parent }),
         });
         const digest = this.#putManifest(manifest);
-        await this.#flushing;
-        if (await this.#writer.publish(this.#takeBatch(), [...this.#described.values()], this.#used))
+        await this.#batches.settle();
+        if (await this.#writer.publish(this.#batches.take(), [...this.#described.values()], this.#used))
           return await this.#finish(manifest, digest);
         if (pass === PASSES_MAX) {
           throw new GridError(
@@ -235,7 +231,7 @@ class ImportRun {
       throw error;
     } finally {
       // A flush that is under way still renames files of the folder that goes away below.
-      await this.#flushing.catch(() => {});
+      await this.#batches?.settle().catch(() => {});
       await this.#lanes?.close();
       for (const { fd } of this.#sources) closeSync(fd);
       this.#writer?.end();
@@ -345,17 +341,13 @@ class ImportRun {
     await this.#lanes!.runAll(units, signal, async (chunks, unit) => {
       packed.push(chunks);
       this.#doneBytes += unit.lengthBytes;
-      for (const { digest, storedBytes, isNew } of chunks) {
+      for (const { storedBytes, isNew } of chunks) {
         if (!isNew) continue;
-        this.#batch.push(digest);
-        this.#batchBytes += storedBytes;
         this.#newChunks++;
         this.#newStoredBytes += storedBytes;
       }
       onProgress?.(this.#doneBytes, this.#totalBytes, 'pack');
-      // The lanes go on while the disk works on one batch, and wait when the next one is full.
-      if (this.#isBatchFull()) await this.#flushing;
-      if (this.#isBatchFull()) this.#startFlush();
+      await this.#batches!.add(chunks);
     });
     this.#checkUnchanged(source);
     const chunks = packed.flat().toSorted((a, b) => a.index - b.index);
@@ -395,23 +387,5 @@ class ImportRun {
     this.#writer!.put('manifests', digest, bytes);
     this.#described.set(digest, { kind: 'manifests', digest });
     return digest;
-  }
-
-  #isBatchFull(): boolean {
-    return this.#batchBytes >= BATCH_BYTES || this.#batch.length >= BATCH_OBJECTS;
-  }
-
-  /** Begins to give the chunks so far their names; the flush before this one has ended. */
-  #startFlush(): void {
-    this.#flushing = this.#writer!.flush(this.#takeBatch());
-    // Whoever waits for it learns of a failure; until somebody does, it is not an unhandled one.
-    this.#flushing.catch(() => {});
-  }
-
-  #takeBatch(): { kind: 'chunks'; digest: Digest }[] {
-    const batch = this.#batch.map((digest) => ({ kind: 'chunks' as const, digest }));
-    this.#batch = [];
-    this.#batchBytes = 0;
-    return batch;
   }
 }

@@ -57,8 +57,9 @@ function threadLane(): Lane {
       new Promise((resolve, reject) => {
         if (failure) return reject(failure);
         waiting = { resolve, reject };
-        // oxlint-disable-next-line unicorn/require-post-message-target-origin -- a thread, not a browser window
-        worker.postMessage(job);
+        // Bytes go over as they are: the caller has no use for them any more.
+        const bytes = job.type === 'pack' && job.plain ? [job.plain.buffer as ArrayBuffer] : [];
+        worker.postMessage(job, bytes);
       }),
     close: async () => void (await worker.terminate()),
   };
@@ -76,10 +77,11 @@ export class Lanes {
 
   /**
    * Runs all jobs, several at a time, in order of their start; `done` gets each result and may make its lane wait.
-   * On the first failure or abort no more are started; rejects when the lanes are idle again.
+   * On the first failure or abort no more are started; rejects when the lanes are idle again. A job may be a promise:
+   * its lane waits for it.
    */
   async runAll<J extends Job>(
-    jobs: Iterable<J>,
+    jobs: Iterable<J | Promise<J>>,
     signal: AbortSignal | undefined,
     done: (result: ResultOf<J>, job: J) => Promise<void> | void,
   ): Promise<void> {
@@ -91,7 +93,8 @@ export class Lanes {
         if (next.done) return;
         try {
           if (signal?.aborted) throw new GridError('closed', 'cancelled');
-          await done((await lane.run(next.value)) as ResultOf<J>, next.value);
+          const job = await next.value;
+          await done((await lane.run(job)) as ResultOf<J>, job);
         } catch (error) {
           failure ??= error;
         }

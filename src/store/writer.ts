@@ -29,7 +29,7 @@ import { withStoreLock } from './lock.ts';
 const RENAMES_PER_TURN = 256;
 
 /** An object at its temporary path. */
-interface NewObject {
+export interface NewObject {
   readonly kind: ObjectKind;
   readonly digest: Digest;
 }

@@ -17,8 +17,8 @@ import { isRunning } from '../../src/core/linux.ts';
 import { World } from './world.ts';
 
 const LONG = process.env['GRIDVFS_LONG'] === '1';
-/** Of each file system: fifty in all. */
-const KILLS = 25;
+/** Of each file system. */
+const KILLS = 50;
 const WRITER = path.join(import.meta.dirname, 'fsync-writer.ts');
 
 const FILE_SYSTEMS = [
