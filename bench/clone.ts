@@ -6,67 +6,32 @@
  *            difference is the page cache's, which finds pages of one file sooner than of many
  *   create   create and open a clone of a sparse 100 GiB image: time, disk, memory
  *   many     a thousand clones of one image: create, one write each, list, remove
- *   commit   changed blocks of a 10 GiB image as a new version, against importing that disk whole
+ * (commits: clone-commit.ts)
  *
  * In one process with the real parts (layers, agent, store), page cache warm, rounds interleaved: what is compared
- * is our code, not the disk. `--commit-size` sets the size of the committed image.
+ * is our code, not the disk.
  */
 import { execFile } from 'node:child_process';
-import { closeSync, ftruncateSync, openSync, readdirSync, readSync, statSync, writeSync } from 'node:fs';
-import { mkdir, mkdtemp, rm, writeFile } from 'node:fs/promises';
+import { closeSync, ftruncateSync, openSync, readdirSync, readSync, writeSync } from 'node:fs';
+import { mkdir, mkdtemp, rm } from 'node:fs/promises';
 import os from 'node:os';
 import path from 'node:path';
 import { parseArgs, promisify } from 'node:util';
-import { openCache } from '../cache/index.ts';
 import { ControlClient } from '../src/agent/client.ts';
-import { Clones } from '../src/agent/clones.ts';
-import { cloneParts } from '../src/cli/clone-parts.ts';
-import { parseBytes, table } from '../src/cli/kit.ts';
 import { DirectFile } from '../src/core/direct-io.ts';
 import { GIB, KIB, LAYER_BLOCK_BYTES, MIB } from '../src/core/limits.ts';
-import { syncFileSystem } from '../src/core/linux.ts';
-import {
-  blockChangeOf,
-  changedUnits,
-  createLayerOver,
-  openChain,
-  openClone,
-  zeroImage,
-} from '../src/image/index.ts';
+import { createLayerOver, openChain, openClone, zeroImage } from '../src/image/index.ts';
 import type { Clone } from '../src/image/index.ts';
-import { commitImage, importImage, initStore, openStore } from '../src/store/index.ts';
-import type { Store } from '../src/store/index.ts';
+import { importImage, initStore, openStore } from '../src/store/index.ts';
 import { gridvfs } from './lib/child.ts';
-import { hostFacts, median } from './lib/facts.ts';
-
-interface Row {
-  readonly case: 'mounted' | 'chain' | 'create' | 'many' | 'commit';
-  readonly subject: string;
-  readonly value: number;
-  readonly unit: string;
-  /** To the case's first row, or to what the subject names. */
-  readonly ratio?: number;
-  readonly runs?: readonly number[];
-}
+import { cloneWorld, printRows, randomOf } from './lib/clones.ts';
+import type { Row } from './lib/clones.ts';
+import { median } from './lib/facts.ts';
 
 const BASE = '5'.repeat(64);
 /** Per round. */
 const READS = 200_000;
 const BLOCK = LAYER_BLOCK_BYTES;
-const say = (text: string) => process.stderr.write(`${text}\n`);
-
-/** Seeded: xorshift32, in [0, 1). */
-function randomOf(seed: number): () => number {
-  let state = (seed * 2654435761) >>> 0 || 1;
-  return () => {
-    state ^= state << 13;
-    state >>>= 0;
-    state ^= state >>> 17;
-    state ^= state << 5;
-    state >>>= 0;
-    return state / 2 ** 32;
-  };
-}
 
 /** The same disk, every block of it data, its blocks dealt out at random over the layers of each chain. */
 async function chainRows(folder: string, rounds: number): Promise<Row[]> {
@@ -210,41 +175,11 @@ async function fioIops(file: string): Promise<number> {
   return jobs[0]!.read.iops;
 }
 
-/** A store with one image of `sizeBytes`, a cache over it and clones over that, as a proxy has them. */
-async function world(folder: string, fill: (fd: number) => void, sizeBytes: number) {
-  const raw = path.join(folder, 'image.raw');
-  const fd = openSync(raw, 'w');
-  ftruncateSync(fd, sizeBytes);
-  fill(fd);
-  closeSync(fd);
-  const storeFolder = path.join(folder, 'store');
-  await initStore(storeFolder);
-  const store = await openStore(storeFolder);
-  const startMs = performance.now();
-  const { digest } = await importImage(store, { path: raw, reference: 'base:1', format: 'raw' });
-  const importMs = performance.now() - startMs;
-  const cache = await openCache({ folder: path.join(folder, 'cache'), source: store });
-  const clones = await Clones.load(path.join(folder, 'state'), cloneParts(cache), say);
-  return {
-    raw,
-    store,
-    cache,
-    clones,
-    digest,
-    importMs,
-    close: async () => {
-      await clones.close();
-      await cache.close();
-      await store.close();
-    },
-  };
-}
-
 const rssBytes = () => process.memoryUsage.rss();
 
 async function createRows(folder: string, rounds: number): Promise<Row[]> {
   const sizeBytes = 100 * GIB;
-  const { clones, digest, close } = await world(
+  const { clones, digest, close } = await cloneWorld(
     folder,
     (fd) => writeSync(fd, Buffer.alloc(4 * MIB, 7), 0, 4 * MIB, 50 * GIB),
     sizeBytes,
@@ -283,7 +218,7 @@ async function createRows(folder: string, rounds: number): Promise<Row[]> {
 
 async function manyRows(folder: string): Promise<Row[]> {
   const sizeBytes = 1 * GIB;
-  const { clones, cache, digest, close } = await world(
+  const { clones, cache, digest, close } = await cloneWorld(
     folder,
     (fd) => writeSync(fd, Buffer.alloc(4 * MIB, 7), 0, 4 * MIB, 0),
     sizeBytes,
@@ -325,91 +260,20 @@ async function manyRows(folder: string): Promise<Row[]> {
   ];
 }
 
-/** Text-like bytes that zstd halves, different in every 64 KiB. */
-function fillData(fd: number, sizeBytes: number): void {
-  const random = randomOf(11);
-  const piece = Buffer.alloc(4 * MIB);
-  for (let i = 0; i < piece.length; i += 4) piece.writeUInt32LE(Math.floor(random() * 2 ** 16), i);
-  for (let at = 0; at < sizeBytes; at += piece.length) {
-    for (let i = 0; i < piece.length; i += 64 * KIB) piece.writeDoubleLE(at + i, i);
-    writeSync(fd, piece, 0, Math.min(piece.length, sizeBytes - at), at);
-  }
-}
-
-async function commitRows(folder: string, sizeBytes: number): Promise<Row[]> {
-  say(`importing ${sizeBytes / GIB} GiB`);
-  const { store, cache, digest, importMs, raw, close } = await world(
-    folder,
-    (fd) => fillData(fd, sizeBytes),
-    sizeBytes,
-  );
-  const rows: Row[] = [
-    { case: 'commit', subject: 'import of the whole image', value: importMs / 1000, unit: 's', ratio: 1 },
-  ];
-  // 1 % of the blocks each time, in runs as long as writes of a file system, of files, or single blocks.
-  for (const runBytes of [1 * MIB, 256 * KIB, 64 * KIB, 4 * KIB]) {
-    const layer = path.join(folder, `layer-${runBytes}`);
-    await createLayerOver(layer, { base: digest, layers: [] }, sizeBytes);
-    const clone = openClone(
-      await cache.openImage(digest),
-      await openChain({ base: digest, layers: [layer] }),
-    );
-    const random = randomOf(runBytes);
-    for (let done = 0; done < sizeBytes / 100; done += runBytes) {
-      const bytes = Buffer.alloc(runBytes);
-      for (let i = 0; i < runBytes; i += 4) bytes.writeUInt32LE(Math.floor(random() * 2 ** 16), i);
-      await clone.write(bytes, Math.floor((random() * sizeBytes) / runBytes) * runBytes);
-    }
-    await clone.flush();
-    const seconds = await commitOnce(store, clone, digest, `base:run-${runBytes / KIB}k`);
-    await clone.close();
-    rows.push(
-      {
-        case: 'commit',
-        subject: `commit, 1 % in runs of ${runBytes / KIB} KiB`,
-        value: seconds.seconds,
-        unit: 's',
-        ratio: (1000 * seconds.seconds) / importMs,
-      },
-      { case: 'commit', subject: '  chunks changed', value: seconds.changed, unit: '' },
-      { case: 'commit', subject: '  chunks stored', value: seconds.stored, unit: '' },
-    );
-  }
-  await close();
-  if (statSync(raw).size !== sizeBytes) throw new Error('the image changed');
-  return rows;
-}
-
-async function commitOnce(store: Store, clone: Clone, parent: string, reference: string) {
-  syncFileSystem(clone.direct.layer!.dataFd); // what was written before is not waited for within the time
-  const startMs = performance.now();
-  const { changedChunks, newChunks } = await commitImage(store, {
-    parent,
-    reference,
-    sizeBytes: clone.sizeBytes,
-    changed: (chunkBytes) => changedUnits(clone, chunkBytes),
-    isChanged: blockChangeOf(clone),
-    read: (target, offsetBytes) => clone.read(target, offsetBytes),
-  });
-  return { seconds: (performance.now() - startMs) / 1000, changed: changedChunks, stored: newChunks };
-}
-
 const { values } = parseArgs({
   options: {
     rounds: { type: 'string', default: '7' },
-    'commit-size': { type: 'string', default: '10G' },
     only: { type: 'string' },
     folder: { type: 'string', default: os.tmpdir() },
     json: { type: 'string' },
   },
 });
 const rounds = Number(values.rounds);
-const cases: Record<Row['case'], (folder: string) => Promise<Row[]>> = {
+const cases: Record<string, (folder: string) => Promise<Row[]>> = {
   mounted: (folder) => mountedRows(folder, rounds),
   chain: (folder) => chainRows(folder, rounds),
   create: (folder) => createRows(folder, rounds),
   many: (folder) => manyRows(folder),
-  commit: (folder) => commitRows(folder, parseBytes(values['commit-size'])),
 };
 const rows: Row[] = [];
 for (const [name, run] of Object.entries(cases)) {
@@ -421,19 +285,4 @@ for (const [name, run] of Object.entries(cases)) {
     await rm(folder, { recursive: true, force: true });
   }
 }
-process.stdout.write(
-  table(
-    ['CASE', 'SUBJECT', 'VALUE', 'UNIT', 'RATIO'],
-    rows.map((row) => [
-      row.case,
-      row.subject,
-      row.value.toFixed(row.value < 100 ? 2 : 0),
-      row.unit,
-      row.ratio === undefined ? '-' : row.ratio.toFixed(3),
-    ]),
-  ) + '\n',
-);
-if (values.json !== undefined) {
-  const record = { schema: 1, host: hostFacts('none'), made: new Date().toISOString(), rows };
-  await writeFile(values.json, JSON.stringify(record, null, 2) + os.EOL);
-}
+await printRows(rows, values.json);

@@ -49,9 +49,9 @@ export class LayerFolders {
   }
 }
 
-const FILES = [RECORD_FILE, 'data', 'map', 'map.durable'];
+const FILES = ['.', RECORD_FILE, 'data', 'map', 'map.durable'];
 
-/** What du says of a clone's or a layer's folder: blocks that its files really take. Synchronous: a microsecond
+/** What du says of a clone's or a layer's folder: blocks that it and its files really take. Synchronous: a microsecond
  * each, where the thread pool takes fifty. */
 export function allocatedIn(folder: string): number {
   let total = 0;

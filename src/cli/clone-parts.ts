@@ -135,7 +135,11 @@ export function cloneWork(parts: CloneWorkParts): CloneWork & MomentWork {
         folder === undefined
           ? await uploadImage(nearParents(source, cache), options)
           : await withStore(folder, (store) =>
-              commitImage(store, { ...options, isChanged: blockChangeOf(clone, standalone) }),
+              commitImage(store, {
+                ...options,
+                isChanged: blockChangeOf(clone, standalone),
+                readHere: (target, offsetBytes) => clone.readHere(target, offsetBytes),
+              }),
             );
       return {
         ...result,

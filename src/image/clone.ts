@@ -28,6 +28,8 @@ export interface Clone extends Image {
   /** Folder, quota, flushes: the clone's own layer. */
   readonly layer: Layer;
   statistics(): LayerStatistics;
+  /** Reads what is on this host, at once. False: some of it is not, and `target` is incomplete. */
+  readHere(target: Uint8Array, offsetBytes: number): boolean;
   /** The disk as of now, to be read while others write: snapshot.ts. `quiet` resolves when no thread is within a
    * request that it began before the call. */
   snapshot(quiet: () => Promise<void>): Promise<Snapshot>;
@@ -78,6 +80,15 @@ class LayeredImage implements Clone {
     this.#check(target.length, offsetBytes);
     try {
       if (!this.#file.read(target, offsetBytes)) await this.#readSlowly(target, offsetBytes);
+    } catch (error) {
+      throw this.#failure(error, 'read');
+    }
+  }
+
+  readHere(target: Uint8Array, offsetBytes: number): boolean {
+    this.#check(target.length, offsetBytes);
+    try {
+      return this.#file.read(target, offsetBytes);
     } catch (error) {
       throw this.#failure(error, 'read');
     }

@@ -1,6 +1,6 @@
 /** The clones of a host: their making, chains, kinds and end; what a restart and a kill leave; many of them. */
 import assert from 'node:assert/strict';
-import { spawn } from 'node:child_process';
+import { execFileSync, spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import path from 'node:path';
@@ -22,6 +22,14 @@ function patched(content: Buffer, offset: number, bytes: Buffer): Buffer {
   const copy = Buffer.from(content);
   bytes.copy(copy, offset);
   return copy;
+}
+
+/** What du says of these folders together. */
+function du(...folders: string[]): number {
+  const lines = execFileSync('du', ['-s', '--block-size=1', ...folders], { encoding: 'utf8' })
+    .trim()
+    .split('\n');
+  return lines.reduce((sum, line) => sum + Number(line.split('\t')[0]), 0);
 }
 
 test('a clone of a clone starts from its disk; both go their own ways, and layers stay while anybody needs them', async () => {
@@ -48,6 +56,9 @@ test('a clone of a clone starts from its disk; both go their own ways, and layer
   assert.ok((await world.read('d')).equals(larger));
   assert.ok((await world.read('c')).equals(frozen));
   const { allocatedBytes, sharedBytes } = world.clones.status('d');
+  const layers = world.clones.layersOf('d');
+  assert.equal(allocatedBytes, du(layers.at(-1)!, path.join(world.state, 'clones', 'd')));
+  assert.equal(sharedBytes, du(...layers.slice(0, -1)));
   assert.ok(allocatedBytes < 64 * 1024 && sharedBytes >= 4 * BLOCK);
   await world.clones.remove('c');
   await world.clones.remove('d');

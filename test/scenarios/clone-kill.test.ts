@@ -1,20 +1,22 @@
 /**
  * File systems on a clone whose proxy is killed in the middle of a package installation's load of writes: they can
- * always be mounted, are clean, and every file that was synced is there. Kernel file systems over a loop device see
- * of the clone what a guest's would: writes, flushes, and then a disk that is gone.
+ * always be mounted, are clean, and every file that was synced is there. Once with this host's kernel over a loop
+ * device, which sees of the clone what a guest does: writes, flushes, and then a disk that is gone; and once with
+ * guests of QEMU, which are killed with their proxy.
  *
  * Guarded line, tried by taking it out: direct-io.ts #commit, #writeMap (files that were synced are not there).
  */
 import assert from 'node:assert/strict';
 import { spawn } from 'node:child_process';
-import type { ChildProcess } from 'node:child_process';
 import { mkdirSync, truncateSync, writeFileSync } from 'node:fs';
+import net from 'node:net';
 import path from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { after, before, suite, test } from 'node:test';
 import { MIB } from '../../src/core/limits.ts';
 import { isRunning } from '../../src/core/linux.ts';
 import { World } from './world.ts';
+import { makeWriterGuest, READY } from './writer-guest.ts';
 
 const LONG = process.env['GRIDVFS_LONG'] === '1';
 /** Of each file system. */
@@ -36,12 +38,27 @@ suite('file systems on clones whose proxy is killed', { skip: LONG ? false : 'a 
     mkdirSync(place);
     const main = path.resolve(import.meta.dirname, '..', '..', 'src', 'main.ts');
     await world.succeeds(process.execPath, main, 'store', 'init', world.store);
+    const { kernel, initrd } = await makeWriterGuest(path.join(world.folder, 'guest'));
     for (const { name, make } of FILE_SYSTEMS) {
       const raw = path.join(world.folder, `${name}.raw`);
       writeFileSync(raw, '');
       truncateSync(raw, 400 * MIB);
       await world.succeeds(make[0]!, ...make.slice(1), raw);
-      await world.json('store', 'import', world.store, raw, `${name}:1`);
+      await world.json(
+        ...([
+          'store',
+          'import',
+          world.store,
+          raw,
+          `${name}:1`,
+          '--kernel',
+          kernel,
+          '--initrd',
+          initrd,
+        ] as const),
+        ...['--label', `boot.cmdline=console=ttyS0 quiet fs=${name}`, '--label', `boot.ready=${READY}`],
+        ...['--label', 'machine.memory-mib=128'],
+      );
     }
     await world.mount(world.store);
   });
@@ -62,25 +79,28 @@ suite('file systems on clones whose proxy is killed', { skip: LONG ? false : 'a 
     await world.program('losetup', '-d', loop);
     loops.delete(loop);
   };
-  /** The disk goes away under whoever uses it: the proxy is killed together with what would start the next one. */
-  const killProxy = async () => {
-    const pids = world
+  /** The disk goes away under whoever uses it: the proxy is killed together with what would start the next one, and
+   * with VMs. */
+  const killProxy = async (vms: readonly number[] = []) => {
+    const proxies = world
       .processesLeft()
       .filter((line) => / proxy (run|serve) /.test(line))
       .map((line) => Number.parseInt(line, 10));
-    assert.ok(pids.length > 0, 'there is a proxy to kill');
+    assert.ok(proxies.length > 0, 'there is a proxy to kill');
+    const pids = [...proxies, ...vms];
     for (const pid of pids) process.kill(pid, 'SIGKILL');
     while (pids.some(isRunning)) await sleep(10);
   };
 
   /** Files that were said to be durable, with what the writer says from now on. */
-  const listen = (child: ChildProcess, durable: Set<number>) => {
+  const listen = (said: NodeJS.ReadableStream, durable: Set<number>) => {
     let rest = '';
     let count = 0;
-    child.stdout!.on('data', (part: Buffer) => {
-      const lines = (rest + part.toString('utf8')).split('\n');
+    said.on('data', (part: Buffer) => {
+      const lines = (rest + part.toString('utf8')).split(/\r*\n/);
       rest = lines.pop()!;
       for (const line of lines) {
+        if (!/^[+-]\d+$/.test(line)) continue;
         const number = Number(line.slice(1));
         if (line.startsWith('+')) durable.add(number);
         else durable.delete(number);
@@ -90,13 +110,27 @@ suite('file systems on clones whose proxy is killed', { skip: LONG ? false : 'a 
     return () => count;
   };
 
-  const verify = async (durable: ReadonlySet<number>, what: string) => {
-    const child = spawn(process.execPath, [WRITER, 'check', place], { stdio: ['pipe', 'pipe', 'inherit'] });
+  const verify = async (durable: ReadonlySet<number>, mode: 'check' | 'check-guest', what: string) => {
+    const child = spawn(process.execPath, [WRITER, mode, place], { stdio: ['pipe', 'pipe', 'inherit'] });
     let said = '';
     child.stdout.on('data', (part: Buffer) => (said += part.toString('utf8')));
     child.stdin.end([...durable].join('\n'));
     const code = await new Promise((resolve) => child.once('close', resolve));
     assert.equal(code, 0, `${what}: ${said}`);
+  };
+
+  /** Mounted, looked at, and checked. */
+  const verifyDisk = async (
+    disk: string,
+    options: string,
+    check: readonly string[],
+    look: () => Promise<void>,
+  ) => {
+    const loop = await attach(disk, options);
+    await look();
+    await detach(loop);
+    const fsck = await world.program(check[0]!, ...check.slice(1), disk);
+    assert.equal(fsck.code, 0, `${fsck.stdout}${fsck.stderr}`);
   };
 
   for (const { name, options, check } of FILE_SYSTEMS) {
@@ -111,7 +145,7 @@ suite('file systems on clones whose proxy is killed', { skip: LONG ? false : 'a 
         const child = spawn(process.execPath, [WRITER, 'write', place, String(1 + kill * 100_000)], {
           stdio: ['ignore', 'pipe', 'ignore'],
         });
-        const count = listen(child, durable);
+        const count = listen(child.stdout!, durable);
         const ended = new Promise((resolve) => child.once('close', resolve));
         const target = 20 + ((kill * 37) % 90);
         while (count() < target && child.exitCode === null) await sleep(5);
@@ -122,14 +156,42 @@ suite('file systems on clones whose proxy is killed', { skip: LONG ? false : 'a 
         await detach(loop);
 
         await world.mount(world.store);
-        const again = await attach(disk, options);
-        await verify(durable, `kill ${kill}`);
-        await detach(again);
-        const fsck = await world.program(check[0]!, ...check.slice(1), disk);
-        assert.equal(fsck.code, 0, `kill ${kill}: ${fsck.stdout}${fsck.stderr}`);
+        await verifyDisk(disk, options, check, () => verify(durable, 'check', `kill ${kill}`));
       }
       t.diagnostic(`${installed} operations, ${durable.size} files to check at the end`);
       await world.json('clone', 'rm', name);
+    });
+
+    test(`a guest on ${name} after ${KILLS} kills: mountable, clean, and every synced file is there`, async (t) => {
+      const id = `guest-${name}`;
+      const { disk } = await world.json<{ disk: string }>(
+        ...(['clone', 'create', `${name}:1`, '--name', id, '--persistent'] as const),
+      );
+      const durable = new Set<number>();
+      let installed = 0;
+      for (let kill = 0; kill < KILLS; kill++) {
+        const vm = await world.json<{ pid: number; consoleSocket: string }>(
+          ...(['vm', 'run', '--clone', id, '--name', 'victim'] as const),
+        );
+        const console = net.connect(vm.consoleSocket);
+        console.on('error', () => {}); // it ends with its VM
+        const count = listen(console, durable);
+        console.write(`install-files ${1 + kill * 100_000}\n`);
+        const target = 10 + ((kill * 37) % 40);
+        const deadlineMs = performance.now() + 120_000;
+        while (count() < target) {
+          assert.ok(performance.now() < deadlineMs, `kill ${kill}: the guest installed ${count()} files`);
+          await sleep(5);
+        }
+        await killProxy([vm.pid]);
+        console.destroy();
+        installed += count();
+
+        await world.mount(world.store);
+        await verifyDisk(disk, options, check, () => verify(durable, 'check-guest', `kill ${kill}`));
+      }
+      t.diagnostic(`${installed} operations, ${durable.size} files to check at the end`);
+      await world.json('clone', 'rm', id);
     });
   }
 });

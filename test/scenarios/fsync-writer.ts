@@ -5,6 +5,7 @@
  *
  *   node fsync-writer.ts write FOLDER FIRST     until it is killed, or the disk fails
  *   node fsync-writer.ts check FOLDER           exits with 1 and a sentence when a file is not what it was
+ *   node fsync-writer.ts check-guest FOLDER     the same of files that writer-guest.ts installed
  */
 import {
   closeSync,
@@ -20,11 +21,13 @@ import {
 
 const [mode, folder, first = '1'] = process.argv.slice(2) as [string, string, string?];
 
-const folderOf = (number: number) => `${folder}/d${number % 16}`;
+const BY_GUEST = mode === 'check-guest';
+const folderOf = (number: number) => `${folder}/d${number % (BY_GUEST ? 8 : 16)}`;
 const fileOf = (number: number) => `${folderOf(number)}/f${number}`;
 
 /** The content of file `number`: up to 200 KiB, by its number alone. */
 function contentOf(number: number): Buffer {
+  if (BY_GUEST) return Buffer.alloc(((number * 7919) % 60_000) + 1, `${number}\n`);
   const word = Buffer.alloc(4);
   word.writeUInt32LE(number);
   return Buffer.alloc((number * 7919) % 200_000, word);

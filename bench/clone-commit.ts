@@ -1,0 +1,258 @@
+/**
+ * `node bench/clone-commit.ts`: changed blocks of a 10 GiB image (an ext4 file system, all of it data) as a new
+ * version, against importing that disk whole. One per cent of its blocks each time:
+ *   installed    by a package installation: files of this host, a package's worth at a time, written under another
+ *                name, fsynced, renamed, through the kernel's ext4 on the clone's disk on a mount of its own
+ *   in runs      of 1 MiB … 4 KiB, scattered evenly over the disk. Single blocks touch nearly half of all chunks;
+ *                what has to be done with those at the least (a chunk's name is its SHA-256) stands below
+ *   base here    the same blocks, where the chunks around them are in the host's cache
+ *
+ * In one process with the real parts, except for the installation; page cache warm. `--size` sets the image's size.
+ * Root, for the loop device.
+ */
+import { execFile } from 'node:child_process';
+import {
+  closeSync,
+  fsyncSync,
+  mkdirSync,
+  openSync,
+  readdirSync,
+  readFileSync,
+  renameSync,
+  writeSync,
+} from 'node:fs';
+import { mkdtemp, rm } from 'node:fs/promises';
+import os from 'node:os';
+import path from 'node:path';
+import { parseArgs, promisify } from 'node:util';
+import { ControlClient } from '../src/agent/client.ts';
+import type { CloneStatus } from '../src/agent/clone-status.ts';
+import { parseBytes } from '../src/cli/kit.ts';
+import { sha256 } from '../src/core/bytes.ts';
+import { compress } from '../src/core/chunk.ts';
+import { CHUNK_BYTES_DEFAULT, GIB, KIB, LAYER_BLOCK_BYTES, MIB } from '../src/core/limits.ts';
+import { syncFileSystem } from '../src/core/linux.ts';
+import { blockChangeOf, changedUnits, createLayerOver, openChain, openClone } from '../src/image/index.ts';
+import type { Clone } from '../src/image/index.ts';
+import { commitImage } from '../src/store/index.ts';
+import { gridvfs } from './lib/child.ts';
+import { cloneWorld, printRows, randomOf, say } from './lib/clones.ts';
+import type { Row } from './lib/clones.ts';
+
+const BLOCK = LAYER_BLOCK_BYTES;
+const run = promisify(execFile);
+type CloneWorld = Awaited<ReturnType<typeof cloneWorld>>;
+
+/** Text-like bytes that zstd halves, different in every 64 KiB. */
+function fillData(fd: number, sizeBytes: number): void {
+  const random = randomOf(11);
+  const piece = Buffer.alloc(4 * MIB);
+  for (let i = 0; i < piece.length; i += 4) piece.writeUInt32LE(Math.floor(random() * 2 ** 16), i);
+  for (let at = 0; at < sizeBytes; at += piece.length) {
+    for (let i = 0; i < piece.length; i += 64 * KIB) piece.writeDoubleLE(at + i, i);
+    writeSync(fd, piece, 0, Math.min(piece.length, sizeBytes - at), at);
+  }
+}
+
+/** An ext4 file system whose free blocks are full of data. */
+async function makeFileSystem(raw: string): Promise<void> {
+  // Not lazily: otherwise the kernel writes inode tables in the background of the first mount.
+  const extended = 'nodiscard,lazy_itable_init=0,lazy_journal_init=0';
+  await run('mkfs.ext4', ['-q', '-F', '-E', extended, '-d', '/usr/share/doc', raw]);
+}
+
+interface Committed {
+  readonly changedChunks: number;
+  readonly newChunks: number;
+  readonly newStoredBytes: number;
+}
+
+function rowsOf(
+  what: string,
+  seconds: number,
+  importMs: number,
+  result: Committed,
+  changedBytes: number,
+): Row[] {
+  const counts: [string, number, string][] = [
+    ['  changed', changedBytes / MIB, 'MiB'],
+    ['  chunks changed', result.changedChunks, ''],
+    ['  chunks stored', result.newChunks, ''],
+    ['  stored', result.newStoredBytes / MIB, 'MiB'],
+  ];
+  return [
+    { case: 'commit', subject: what, value: seconds, unit: 's', ratio: (1000 * seconds) / importMs },
+    ...counts.map(([subject, value, unit]): Row => ({ case: 'commit', subject, value, unit })),
+  ];
+}
+
+async function runRows(
+  folder: string,
+  world: CloneWorld,
+  runBytes: number,
+  isBaseHere: boolean,
+): Promise<Row[]> {
+  const { store, cache, digest, importMs, sizeBytes } = world;
+  const layer = path.join(folder, `layer-${runBytes}-${isBaseHere}`);
+  await createLayerOver(layer, { base: digest, layers: [] }, sizeBytes);
+  const clone = openClone(await cache.openImage(digest), await openChain({ base: digest, layers: [layer] }));
+  const random = randomOf(runBytes + Number(isBaseHere));
+  const around = Buffer.alloc(CHUNK_BYTES_DEFAULT);
+  for (let done = 0; done < sizeBytes / 100; done += runBytes) {
+    const bytes = Buffer.alloc(runBytes);
+    for (let i = 0; i < runBytes; i += 4) bytes.writeUInt32LE(Math.floor(random() * 2 ** 16), i);
+    const at = Math.floor((random() * sizeBytes) / runBytes) * runBytes;
+    if (isBaseHere) await clone.read(around, at - (at % around.length));
+    await clone.write(bytes, at);
+  }
+  await clone.flush();
+  syncFileSystem(clone.direct.layer!.dataFd); // what was written before is not waited for within the time
+  const startMs = performance.now();
+  const result = await commitImage(store, commitOf(clone, digest, `base:run-${runBytes}-${isBaseHere}`));
+  const seconds = (performance.now() - startMs) / 1000;
+  const { dataBlocks } = clone.statistics();
+  await clone.close();
+  await rm(layer, { recursive: true });
+  const what = `1 % in runs of ${runBytes / KIB} KiB${isBaseHere ? ', base here' : ''}`;
+  return rowsOf(what, seconds, importMs, result, dataBlocks * BLOCK);
+}
+
+function commitOf(clone: Clone, parent: string, reference: string): Parameters<typeof commitImage>[1] {
+  return {
+    parent,
+    reference,
+    sizeBytes: clone.sizeBytes,
+    changed: (chunkBytes) => changedUnits(clone, chunkBytes),
+    isChanged: blockChangeOf(clone),
+    read: (target, offsetBytes) => clone.read(target, offsetBytes),
+    readHere: (target, offsetBytes) => clone.readHere(target, offsetBytes),
+  };
+}
+
+/** What no design does without that names chunks by their SHA-256, and what it takes with the compression. */
+function leastRows(chunks: number, importMs: number): Row[] {
+  const random = randomOf(5);
+  const samples = Array.from({ length: 400 }, () => {
+    const bytes = Buffer.alloc(CHUNK_BYTES_DEFAULT);
+    for (let i = 0; i < bytes.length; i += 4) bytes.writeUInt32LE(Math.floor(random() * 2 ** 16), i);
+    return bytes;
+  });
+  const of = (subject: string, work: (bytes: Buffer) => unknown): Row => {
+    const startMs = performance.now();
+    for (const bytes of samples) work(bytes);
+    const ms = ((performance.now() - startMs) * chunks) / samples.length / os.availableParallelism();
+    return { case: 'commit', subject, value: ms / 1000, unit: 's', ratio: ms / importMs };
+  };
+  return [
+    of('  SHA-256 alone of the changed chunks, on all processors', sha256),
+    of('  and zstd', (bytes) => [sha256(bytes), compress(bytes)]),
+  ];
+}
+
+/** Files of this host below `from`, up to `bytes` of them. */
+function* filesBelow(from: string, bytes: number): Generator<string> {
+  let left = bytes;
+  for (const entry of readdirSync(from, { recursive: true, withFileTypes: true })) {
+    if (!entry.isFile() || left <= 0) continue;
+    const file = path.join(entry.parentPath, entry.name);
+    left -= readFileSync(file).length;
+    yield file;
+  }
+}
+
+const PACKAGE_FILES = 50;
+
+/** As dpkg does: a package's files under another name, all of them synced, then renamed. */
+function install(files: readonly string[], root: string): void {
+  for (let i = 0; i < files.length; i += PACKAGE_FILES) {
+    const made: string[] = [];
+    for (const file of files.slice(i, i + PACKAGE_FILES)) {
+      const target = path.join(root, file);
+      mkdirSync(path.dirname(target), { recursive: true });
+      const fd = openSync(`${target}.dpkg-new`, 'w');
+      writeSync(fd, readFileSync(file));
+      fsyncSync(fd);
+      closeSync(fd);
+      made.push(target);
+    }
+    for (const target of made) renameSync(`${target}.dpkg-new`, target);
+  }
+}
+
+/** Through a proxy and a mount of its own, over a loop device. */
+async function installedRows(
+  folder: string,
+  { storeFolder, importMs, sizeBytes }: CloneWorld,
+): Promise<Row[]> {
+  const mountpoint = path.join(folder, 'mnt');
+  const place = path.join(folder, 'fs');
+  for (const one of [mountpoint, place]) mkdirSync(one);
+  const { runtime } = await gridvfs<{ runtime: string }>([
+    ...['mount', storeFolder, mountpoint, '--name', path.basename(folder).toLowerCase(), '--json'],
+    ...['--cache-dir', path.join(folder, 'cache2'), '--state-dir', path.join(folder, 'state2')],
+  ]);
+  let loop: string | undefined;
+  try {
+    const client = new ControlClient(path.join(runtime, 'control.sock'));
+    await client.call('POST', '/v1/clones', { image: 'base:1', name: 'installed' });
+    const disk = path.join(mountpoint, 'clones', 'installed', 'disk.raw');
+    loop = (await run('losetup', ['-f', '--show', disk])).stdout.trim();
+    await run('mount', ['-o', 'noatime', loop, place]);
+    try {
+      install([...filesBelow('/usr/lib', 0.0095 * sizeBytes)], place);
+    } finally {
+      await run('umount', [place]);
+      await run('losetup', ['-d', loop]);
+      loop = undefined;
+    }
+    const fd = openSync(storeFolder, 'r');
+    syncFileSystem(fd);
+    closeSync(fd);
+    const { allocatedBytes } = await client.call<CloneStatus>('GET', '/v1/clones/installed');
+    const startMs = performance.now();
+    const body = { reference: 'base:installed' };
+    const result = await client.longCall<Committed>('POST', '/v1/clones/installed/commit', body, {});
+    const seconds = (performance.now() - startMs) / 1000;
+    return rowsOf('a package installation', seconds, importMs, result, allocatedBytes);
+  } finally {
+    if (loop !== undefined) await run('losetup', ['-d', loop]).catch(() => {});
+    await gridvfs(['umount', mountpoint, '--force', '--json']);
+  }
+}
+
+const { values } = parseArgs({
+  options: {
+    size: { type: 'string', default: '10G' },
+    folder: { type: 'string', default: os.tmpdir() },
+    json: { type: 'string' },
+  },
+});
+const sizeBytes = parseBytes(values.size);
+const folder = await mkdtemp(path.join(values.folder, 'gridvfs-bench-commit-'));
+const rows: Row[] = [];
+try {
+  say(`making and importing ${sizeBytes / GIB} GiB`);
+  const world = await cloneWorld(folder, (fd) => fillData(fd, sizeBytes), sizeBytes, makeFileSystem);
+  const { importMs } = world;
+  try {
+    rows.push({
+      case: 'commit',
+      subject: 'import of the whole image',
+      value: importMs / 1000,
+      unit: 's',
+      ratio: 1,
+    });
+    rows.push(...(await installedRows(folder, world)));
+    for (const runBytes of [1 * MIB, 256 * KIB, 64 * KIB, 4 * KIB]) {
+      rows.push(...(await runRows(folder, world, runBytes, false)));
+    }
+    const chunks = rows.findLast(({ subject }) => subject === '  chunks changed')!.value;
+    rows.push(...leastRows(chunks, importMs));
+    rows.push(...(await runRows(folder, world, 4 * KIB, true)));
+  } finally {
+    await world.close();
+  }
+} finally {
+  await rm(folder, { recursive: true, force: true });
+}
+await printRows(rows, values.json);
