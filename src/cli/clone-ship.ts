@@ -1,12 +1,11 @@
 /** gridvfs clone commit|push|pull|export|import: what takes clones elsewhere, by calls of the proxy's control socket and qemu-img. */
-import { spawn } from 'node:child_process';
 import { existsSync } from 'node:fs';
-import { rename, rm } from 'node:fs/promises';
 import path from 'node:path';
 import type { Command } from 'commander';
 import type { ControlClient } from '../agent/client.ts';
 import type { CloneStatus } from '../agent/clone-status.ts';
-import { asGridError, errnoOf, GridError } from '../core/errors.ts';
+import { GridError } from '../core/errors.ts';
+import { exportQcow2 } from './clone-qcow2.ts';
 import { diskOf, routeOf } from './clone-routes.ts';
 import { abortOnSignals, bytesText, jsonOption, Progress, show, verb } from './kit.ts';
 import { findProxy, withProxyOption } from './registry.ts';
@@ -170,51 +169,18 @@ export function exportVerb(): Command {
       if (clone.open)
         throw new GridError('in-use', `clone '${id}' is open; stop its VM or close its file first`);
       const disk = diskOf(record, id);
-      await exportQcow2(
-        disk,
-        target,
-        options.backing === undefined ? undefined : path.resolve(options.backing),
-      );
+      const backing = options.backing === undefined ? undefined : path.resolve(options.backing);
+      const progress = new Progress(`export ${id}`, options);
+      try {
+        await exportQcow2(disk, target, backing, {
+          signal: abortOnSignals(),
+          onProgress: (done, total) => progress.update(done, total),
+        });
+      } finally {
+        progress.end();
+      }
       show(options, { file: target }, () => `exported ${id} to ${target}`);
     });
-}
-
-/** Under another name until it is whole. */
-async function exportQcow2(disk: string, target: string, backing: string | undefined): Promise<void> {
-  const partial = `${target}.partial`;
-  try {
-    if (backing === undefined) {
-      await qemuImg('convert', '-f', 'raw', '-O', 'qcow2', disk, partial);
-    } else {
-      // An overlay over the clone itself, which then takes in whatever the other backing file has not.
-      await qemuImg('create', '-q', '-f', 'qcow2', '-b', disk, '-F', 'raw', partial);
-      await qemuImg('rebase', '-f', 'qcow2', '-b', backing, '-F', 'raw', partial);
-    }
-    await rename(partial, target);
-  } catch (error) {
-    throw asGridError(error, `cannot export to ${target}`);
-  } finally {
-    await rm(partial, { force: true });
-  }
-}
-
-function qemuImg(...args: string[]): Promise<void> {
-  return new Promise((resolve, reject) => {
-    const child = spawn('qemu-img', args, { stdio: ['ignore', 'ignore', 'pipe'] });
-    let errors = '';
-    child.stderr.on('data', (part: Buffer) => (errors = (errors + part.toString('utf8')).slice(-1000)));
-    child.on('error', (error) =>
-      reject(
-        errnoOf(error) === 'ENOENT'
-          ? new GridError('unsupported', 'qemu-img is not here; install qemu-utils')
-          : error,
-      ),
-    );
-    child.on('close', (code) => {
-      if (code === 0) resolve();
-      else reject(new GridError('local-io', `qemu-img ${args[0]} failed: ${errors.trim()}`));
-    });
-  });
 }
 
 export function importVerb(): Command {

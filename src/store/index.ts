@@ -11,6 +11,7 @@ export { importImage } from './import.ts';
 export type { ImportOptions, ImportPart, ImportResult } from './import.ts';
 export { uploadImage, uploadVersion } from './upload-image.ts';
 export type { UploadOptions, UploadResult, VersionOptions } from './upload-image.ts';
+export { firstLine, runQemuImg, shareDone } from './qemu-img.ts';
 export { initStore, openStore, Store } from './store.ts';
 export type { ImageStatistics, StoreStatistics } from './store.ts';
 export { verifyStore } from './verify.ts';
