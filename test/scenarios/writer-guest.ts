@@ -2,7 +2,7 @@
  * A guest that does nothing but install files on its disk, for tests that kill it: Debian's stock cloud kernel and an
  * initial RAM disk with busybox, which mounts /dev/vda as the file system that `fs=` on its command line names. On
  * ttyS0 is a root shell; `install-files FIRST` then writes as a package manager does (under another name, fsync, rename,
- * fsync of the folder) and says `+NUMBER` for each file that is durable, `-NUMBER` before one is removed.
+ * fsync of the folder; busybox's `sync FILE`) and says `+NUMBER` for each file that is durable, `-NUMBER` before one is removed.
  */
 import { mkdir, readFile, writeFile } from 'node:fs/promises';
 import path from 'node:path';
@@ -29,11 +29,11 @@ exec sh
 const INSTALL = `#!/bin/sh
 n=$1
 for i in 0 1 2 3 4 5 6 7; do [ -d /m/d$i ] || mkdir /m/d$i; done
-fsync /m
+sync /m
 while :; do
   d=/m/d$((n % 8))
   yes $n | head -c $((n * 7919 % 60000 + 1)) > $d/f$n.new
-  fsync $d/f$n.new && mv $d/f$n.new $d/f$n && fsync $d && echo "+$n" || exit 1
+  sync $d/f$n.new && mv $d/f$n.new $d/f$n && sync $d && echo "+$n" || exit 1
   yes scratch | head -c 40000 > /m/scratch
   if [ $((n % 3)) = 0 ] && [ $n -gt $(($1 + 10)) ]; then
     echo "-$((n - 10))"
