@@ -146,7 +146,7 @@ test('what lies around changed blocks is read where it is here, and taken from t
 test('what a collection takes from under a commit is stored by a second pass; without its parent it is refused', async () => {
   const { store, content, options } = await makeDisk(64 * CHUNK);
   const changed = Array.from({ length: 10 }, (_, i) => 5 + 2 * i);
-  content.fill(7, 5 * CHUNK, 6 * CHUNK);
+  content.fill(200, 5 * CHUNK, 6 * CHUNK);
   await commitImage(store, options([5], { reference: 'gone:1' }));
   await store.removeTag('gone', '1');
   for (const name of filesOf(store.layout.v1).keys()) utimesSync(path.join(store.layout.v1, name), 1, 1);
@@ -175,7 +175,7 @@ test('what a collection takes from under a commit is stored by a second pass; wi
   await assertVersion(store, result.digest, content);
 
   for (const name of filesOf(store.layout.v1).keys()) utimesSync(path.join(store.layout.v1, name), 1, 1);
-  content.fill(3, 5 * CHUNK, 6 * CHUNK);
+  content.fill(201, 5 * CHUNK, 6 * CHUNK);
   const tags = await store.listTags();
   const orphaned = commitDuring(async () => {
     for (const { name, version } of tags) await store.removeTag(name, version);
