@@ -61,7 +61,7 @@ export interface MachineStatus {
   readonly pid?: number;
   /** 'kvm' or 'tcg' for QEMU. */
   readonly accelerator?: string;
-  /** Why it failed, with the console's last words. */
+  /** Why it failed, with the console's last words; of one that runs, what its guest waits for. */
   readonly reason?: string;
   /** Monotonic milliseconds from `start` to: process up and answering, guest ready. */
   readonly startedMs?: number;

@@ -1,5 +1,6 @@
 /** VMs over clones on the mount, through the real command, the ssh tunnel, the kernel and QEMU. */
 import assert from 'node:assert/strict';
+import { createHash } from 'node:crypto';
 import { existsSync, readFileSync } from 'node:fs';
 import path from 'node:path';
 import { after, before, suite, test } from 'node:test';
@@ -86,6 +87,22 @@ suite('VMs over clones', () => {
       assert.doesNotMatch(check.stdout, /UNEXPECTED INCONSISTENCY/);
     }
     await world.json('clone', 'rm', 'kept');
+  });
+
+  test('a guest whose clone has reached its quota waits and is told nothing; it goes on when the quota is raised', async () => {
+    await world.json('clone', 'create', 'small:1', '--name', 'narrow', '--persistent', '--quota', '4M');
+    const { consoleSocket } = await world.json<Vm>('vm', 'run', '--clone', 'narrow', '--name', 'full');
+    const state = async () => (await world.json<{ reason?: string }>('vm', 'show', 'full')).reason;
+    const write = 'yes data | dd of=/root/data bs=1M count=8 iflag=fullblock conv=fsync; ping written $?';
+    const written = ask(consoleSocket, write, /pong written \d+(?=\r?\n)/);
+    await eventually(async () => /disk is full/.test((await state()) ?? ''));
+    await world.json('clone', 'set', 'narrow', '--quota', '40M');
+    assert.equal(await written, 'pong written 0');
+    const sum = await ask(consoleSocket, 'md5sum < /root/data', /[0-9a-f]{32}/);
+    assert.equal(sum, createHash('md5').update(Buffer.alloc(8 * 2 ** 20, 'data\n')).digest('hex'));
+    await eventually(async () => (await state()) === undefined);
+    await world.json('vm', 'stop', 'full');
+    await world.json('clone', 'rm', 'narrow');
   });
 
   test('a proxy that was killed with its holder leaves no VM behind once the next one has started', async () => {

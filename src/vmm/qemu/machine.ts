@@ -42,6 +42,7 @@ import {
   runningPid,
   writeMachineRecord,
 } from './folder.ts';
+import { DiskFull } from './disk-full.ts';
 import { adoptProcess, startProcess, type QemuProcess } from './process.ts';
 import { QmpClient, type QmpEvent } from './qmp.ts';
 
@@ -102,6 +103,11 @@ export class QemuMachine implements Machine {
   #readyMs: number | undefined;
   /** The SHUTDOWN event's reason, e.g. 'guest-shutdown'. */
   #shutdown: string | undefined;
+  readonly #diskFull = new DiskFull({
+    execute: (command) => this.execute(command),
+    isMeantToRun: () => this.#state === 'running' || this.#state === 'starting',
+    log: (text) => this.#options.log(`${this.#options.description.name}: ${text}`),
+  });
   #stopAsked = false;
   #stopping: Promise<void> | undefined;
 
@@ -175,11 +181,12 @@ export class QemuMachine implements Machine {
   }
 
   status(): MachineStatus {
+    const reason = this.#reason ?? this.#diskFull.reason;
     return {
       state: this.#state,
       ...(this.#isAlive() ? { pid: this.#process.pid } : {}),
       accelerator: this.#options.accelerator,
-      ...(this.#reason === undefined ? {} : { reason: this.#reason }),
+      ...(reason === undefined ? {} : { reason }),
       ...(this.#startedMs === undefined ? {} : { startedMs: this.#startedMs }),
       ...(this.#readyMs === undefined ? {} : { readyMs: this.#readyMs }),
     };
@@ -333,6 +340,7 @@ export class QemuMachine implements Machine {
   }
 
   #onEvent(event: QmpEvent): void {
+    this.#diskFull.heard(event);
     if (event.event === 'SHUTDOWN') this.#shutdown = String(event.data['reason']);
   }
 
@@ -350,6 +358,7 @@ export class QemuMachine implements Machine {
     if (this.#qmp !== undefined) await within(LAST_EVENTS_MS, this.#qmp.closed);
     this.#qmp?.close();
     await this.#console?.close();
+    this.#diskFull.close();
     this.#log.close();
     const asked = this.#stopAsked && this.#startedMs !== undefined;
     // Nobody hears an adopted process's status; that the guest powered down is heard by QMP.
