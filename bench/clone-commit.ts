@@ -19,6 +19,7 @@ import {
   readdirSync,
   readFileSync,
   renameSync,
+  statSync,
   writeSync,
 } from 'node:fs';
 import { mkdtemp, rm } from 'node:fs/promises';
@@ -149,14 +150,16 @@ function leastRows(chunks: number, importMs: number): Row[] {
   ];
 }
 
-/** Files of this host below `from`, up to `bytes` of them. */
-function* filesBelow(from: string, bytes: number): Generator<string> {
-  let left = bytes;
-  for (const entry of readdirSync(from, { recursive: true, withFileTypes: true })) {
-    if (!entry.isFile() || left <= 0) continue;
-    const file = path.join(entry.parentPath, entry.name);
-    left -= readFileSync(file).length;
-    yield file;
+/** Files of this host below `folder`, folder by folder, as long as `budget` has bytes. */
+function* filesBelow(folder: string, budget: { bytes: number }): Generator<string> {
+  for (const entry of readdirSync(folder, { withFileTypes: true })) {
+    const file = path.join(folder, entry.name);
+    if (entry.isDirectory()) yield* filesBelow(file, budget);
+    else if (entry.isFile() && budget.bytes > 0) {
+      budget.bytes -= statSync(file).size;
+      yield file;
+    }
+    if (budget.bytes <= 0) return;
   }
 }
 
@@ -199,7 +202,7 @@ async function installedRows(
     loop = (await run('losetup', ['-f', '--show', disk])).stdout.trim();
     await run('mount', ['-o', 'noatime', loop, place]);
     try {
-      install([...filesBelow('/usr/lib', 0.0095 * sizeBytes)], place);
+      install([...filesBelow('/usr/share', { bytes: 0.0095 * sizeBytes })], place);
     } finally {
       await run('umount', [place]);
       await run('losetup', ['-d', loop]);

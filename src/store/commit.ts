@@ -6,8 +6,10 @@
  *   changed blocks → units, read some ahead of the lanes → lanes: complete, hash, compress, temp file → batches
  *     → publish, under the store's lock, unless a collection took what was found there: then a second pass
  */
+import { existsSync } from 'node:fs';
 import { sha256 } from '../core/bytes.ts';
 import type { Digest } from '../core/bytes.ts';
+import { GridError } from '../core/errors.ts';
 import { LAYER_BLOCK_BYTES, MIB } from '../core/limits.ts';
 import { chunkLengthOf, parseManifest } from '../core/manifest.ts';
 import type { Tag } from '../core/manifest.ts';
@@ -61,7 +63,8 @@ class StoreEnd implements VersionEnd {
   readonly #store: Store;
   readonly #writer: Writer;
   readonly #disk: CommitOptions;
-  #batches: Batches;
+  readonly #batches: Batches;
+  readonly #packed = new Set<Digest>();
 
   constructor(store: Store, writer: Writer, disk: CommitOptions) {
     this.#store = store;
@@ -80,6 +83,7 @@ class StoreEnd implements VersionEnd {
       checkCancelled(changes);
       await lanes.runAll(units.jobs(), signal, async (packed, job) => {
         chunks.push(...packed);
+        for (const { digest } of packed) this.#packed.add(digest);
         doneBytes += job.lengthBytes;
         onProgress?.(doneBytes, totalBytes);
         await this.#batches.add(packed);
@@ -114,10 +118,24 @@ class StoreEnd implements VersionEnd {
     ] as const;
     this.#writer.put('tables', described[0].digest, table);
     this.#writer.put('manifests', digest, manifest);
-    if (!(await this.#writer.publish(this.#batches.take(), described, used))) return undefined;
+    if (!(await this.#writer.publish(this.#batches.take(), described, used))) {
+      this.#checkTakenOver(used);
+      return undefined;
+    }
     await this.#writer.sync();
     checkCancelled(this.#disk);
     return this.#store.setTag(name, version, digest);
+  }
+
+  /** What a collection took of the parent's own is not packed by another pass. */
+  #checkTakenOver(used: Iterable<Digest>): void {
+    for (const digest of used) {
+      if (this.#packed.has(digest) || existsSync(this.#store.layout.object('chunks', digest))) continue;
+      throw new GridError(
+        'not-found',
+        `a garbage collection took chunk ${digest} of the parent of ${this.#disk.reference}: no tag named it any more`,
+      );
+    }
   }
 
   /** Changed blocks, and, where it costs less than unpacking, what lies around them. */

@@ -128,7 +128,7 @@ export async function makeVersion(
     if (pass === PASSES_MAX) {
       throw new GridError(
         'in-use',
-        `garbage collections removed chunks of ${options.reference} while it was made, ${pass} times: make it when none runs, and while a tag names its parent`,
+        `garbage collections removed chunks of ${options.reference} while it was made, ${pass} times: make it when none runs`,
       );
     }
   }

@@ -140,8 +140,8 @@ test('what lies around changed blocks is read where it is here, and taken from t
 });
 
 /**
- * Guarded line, tried by taking it out: commit.ts publish, `return undefined` (the version names a chunk that is not
- * there).
+ * Guarded lines, tried by taking them out: commit.ts publish, `return undefined` (the version names a chunk that is
+ * not there) and #checkTakenOver (the same, of the parent's).
  */
 test('what a collection takes from under a commit is stored by a second pass; without its parent it is refused', async () => {
   const { store, content, options } = await makeDisk(64 * CHUNK);
@@ -181,7 +181,7 @@ test('what a collection takes from under a commit is stored by a second pass; wi
     for (const { name, version } of tags) await store.removeTag(name, version);
     await collect();
   });
-  await failsWith(orphaned, 'in-use');
+  await failsWith(orphaned, 'not-found');
   assert.ok(removed > 0);
   assert.deepEqual(await store.listTags(), []);
   assertNothingTemporary(store);
