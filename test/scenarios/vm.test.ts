@@ -99,7 +99,12 @@ suite('VMs over clones', () => {
     await world.json('clone', 'set', 'narrow', '--quota', '40M');
     assert.equal(await written, 'pong written 0');
     const sum = await ask(consoleSocket, 'md5sum < /root/data', /[0-9a-f]{32}/);
-    assert.equal(sum, createHash('md5').update(Buffer.alloc(8 * 2 ** 20, 'data\n')).digest('hex'));
+    assert.equal(
+      sum,
+      createHash('md5')
+        .update(Buffer.alloc(8 * 2 ** 20, 'data\n'))
+        .digest('hex'),
+    );
     await eventually(async () => (await state()) === undefined);
     await world.json('vm', 'stop', 'full');
     await world.json('clone', 'rm', 'narrow');
