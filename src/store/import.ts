@@ -25,10 +25,7 @@ import {
   CHUNK_BYTES_MAX,
   CHUNK_BYTES_MIN,
   IMAGE_BYTES_MAX,
-  LABEL_LENGTH_MAX,
-  LABELS_MAX,
   MIB,
-  NAME_LENGTH_MAX,
   PARTS_MAX,
 } from '../core/limits.ts';
 import { nextData } from '../core/linux.ts';
@@ -39,6 +36,7 @@ import type { ImageFormat } from './formats.ts';
 import { Batches } from './batches.ts';
 import type { PackedChunk, PackJob } from './jobs.ts';
 import { Lanes } from './lanes.ts';
+import { checkLabels } from './new-version.ts';
 import type { Store } from './store.ts';
 import { Writer } from './writer.ts';
 
@@ -140,12 +138,7 @@ async function checkedOptions(store: Store, options: ImportOptions): Promise<Che
       `a chunk of ${chunkBytes} bytes: it must be a multiple of ${CHUNK_BYTES_MIN} up to ${CHUNK_BYTES_MAX}`,
     );
   }
-  if (Object.keys(labels).length > LABELS_MAX) throw bad(`more than ${LABELS_MAX} labels`);
-  for (const [key, value] of Object.entries(labels)) {
-    if (typeof value !== 'string' || value.length > LABEL_LENGTH_MAX || key.length > NAME_LENGTH_MAX) {
-      throw bad(`the label '${key.slice(0, NAME_LENGTH_MAX)}' or its value is too long`);
-    }
-  }
+  checkLabels(labels);
   if (parts.length > PARTS_MAX) throw bad(`more than ${PARTS_MAX} parts`);
   for (const { name } of parts as readonly { name: string }[]) {
     if (!isName(name))

@@ -220,18 +220,22 @@ function describe(
   };
 }
 
-/** Throws bad-request for labels that no manifest may have. */
 function labelsOf({ own, labels }: NewVersionOptions, parent: Manifest | undefined): Record<string, string> {
   const all = { ...(own ? {} : parent?.labels), ...labels };
-  const entries = Object.entries(all);
+  checkLabels(all);
+  return all;
+}
+
+/** Throws bad-request for labels that no manifest may have. */
+export function checkLabels(labels: Readonly<Record<string, string>>): void {
+  const entries = Object.entries(labels);
   if (entries.length > LABELS_MAX) throw new GridError('bad-request', `more than ${LABELS_MAX} labels`);
   for (const [key, value] of entries) {
-    if (key.length > NAME_LENGTH_MAX || value.length > LABEL_LENGTH_MAX) {
+    if (typeof value !== 'string' || value.length > LABEL_LENGTH_MAX || key.length > NAME_LENGTH_MAX) {
       throw new GridError(
         'bad-request',
         `the label '${key.slice(0, NAME_LENGTH_MAX)}' or its value is too long`,
       );
     }
   }
-  return all;
 }
