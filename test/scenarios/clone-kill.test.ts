@@ -157,7 +157,7 @@ suite('file systems on clones whose proxy is killed', { skip: LONG ? false : 'a 
         const child = spawn(process.execPath, [WRITER, 'write', place, String(1 + kill * 100_000)], {
           stdio: ['ignore', 'pipe', 'ignore'],
         });
-        const count = listen(child.stdout!, durable);
+        const count = listen(child.stdout, durable);
         const ended = new Promise((resolve) => child.once('close', resolve));
         const target = 20 + ((kill * 37) % 90);
         while (count() < target && child.exitCode === null) await sleep(5);
