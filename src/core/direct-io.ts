@@ -125,9 +125,39 @@ export class DirectFile {
     return true;
   }
 
+  /** The one file that the whole range can be read from at its own offset, for a caller that moves bytes without
+   * looking at them; -1 when it is not that simple: then `read` it. */
+  sourceOf(offsetBytes: number, lengthBytes: number): number {
+    this.#checkRange(lengthBytes, offsetBytes);
+    const end = offsetBytes + lengthBytes;
+    let kind = BLOCK_ABSENT;
+    const layer = this.map.layer;
+    if (layer) {
+      const states = this.#blockStates!;
+      let block = Math.floor(offsetBytes / layer.blockBytes);
+      kind = visibleState(Atomics.load(states, block));
+      while (++block * layer.blockBytes < end) {
+        if (visibleState(Atomics.load(states, block)) !== kind) return -1;
+      }
+    }
+    if (kind === BLOCK_DATA) return layer!.dataFd;
+    if (kind === BLOCK_ZERO) return -1;
+    if (kind >= BLOCK_FROZEN) {
+      return end <= this.#frozenBytes[kind - BLOCK_FROZEN]! ? this.#frozenFds[kind - BLOCK_FROZEN]! : -1;
+    }
+    return end <= this.#baseFileBytes && this.#isPresent(offsetBytes, lengthBytes) ? this.map.base.fd : -1;
+  }
+
   #readBase(target: Uint8Array, targetAt: number, lengthBytes: number, offsetBytes: number): boolean {
     if (lengthBytes === 0) return true;
-    const { unitBytes, fd } = this.map.base;
+    if (!this.#isPresent(offsetBytes, lengthBytes)) return false;
+    preadThenZeros(this.map.base.fd, this.#baseFileBytes, target, targetAt, lengthBytes, offsetBytes);
+    return true;
+  }
+
+  /** Whether all units of a range of the base that is not empty are here; they count as touched then. */
+  #isPresent(offsetBytes: number, lengthBytes: number): boolean {
+    const { unitBytes } = this.map.base;
     const states = this.#unitStates;
     const last = Math.min(Math.floor((offsetBytes + lengthBytes - 1) / unitBytes), states.length - 1);
     for (let unit = Math.floor(offsetBytes / unitBytes); unit <= last; unit++) {
@@ -135,7 +165,6 @@ export class DirectFile {
       if (state !== UNIT_PRESENT && !(state === UNIT_UNVERIFIED && this.#verify(unit))) return false;
       this.#touched[unit] = 1;
     }
-    preadThenZeros(fd, this.#baseFileBytes, target, targetAt, lengthBytes, offsetBytes);
     return true;
   }
 

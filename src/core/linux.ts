@@ -179,6 +179,89 @@ export function syncFileSystemInBackground(fd: number): Promise<void> {
   });
 }
 
+const cRead = libc.func('int64_t read(int fd, void *target, size_t length)');
+const cWrite = libc.func('int64_t write(int fd, void *source, size_t length)');
+const cPreadv2 = libc.func('int64_t preadv2(int fd, void *iov, int count, int64_t offset, int flags)');
+
+const RWF_NOWAIT = 8;
+
+/** read(2) into the beginning of `target`, for a thread that does nothing else: costs less than Node's readSync. */
+export function readInto(fd: number, target: Uint8Array, length: number): number {
+  return checked('read', cRead(fd, target, length));
+}
+
+/** write(2) of the beginning of `source`. */
+export function writeFrom(fd: number, source: Uint8Array, length: number): number {
+  return checked('write', cWrite(fd, source, length));
+}
+
+const PAGE_BYTES = 4096;
+
+/** Zeros that begin so that what is `alignedAt` bytes behind lies at the beginning of a page of memory. The kernel
+ * copies from page to page at half the speed where the two begin differently. */
+export function pageAligned(bytes: number, alignedAt: number): Buffer {
+  const buffer = Buffer.alloc(bytes + PAGE_BYTES);
+  const past = Number((koffi.address(buffer) + BigInt(alignedAt)) % BigInt(PAGE_BYTES));
+  const start = (PAGE_BYTES - past) % PAGE_BYTES;
+  return buffer.subarray(start, start + bytes);
+}
+
+/** Where a buffer lies, as an iovec of it: for `preadNow`. The buffer must be kept. */
+export function vectorOf(target: Uint8Array): BigUint64Array {
+  return BigUint64Array.of(koffi.address(target), BigInt(target.length));
+}
+
+/** What of the range is in the page cache, from its beginning on, read without waiting for a disk: its length, which
+ * may be less than asked for; -1 where all of it has to be waited for, 0 when that cannot be told. */
+export function preadNow(fd: number, vector: BigUint64Array, offsetBytes: number): number {
+  const got = Number(cPreadv2(fd, vector, 1, offsetBytes, RWF_NOWAIT));
+  return got >= 0 || NAMES.get(koffi.errno()) === 'EAGAIN' ? got : 0;
+}
+
+const cMmap = libc.func(
+  'intptr_t mmap(void *at, size_t length, int protection, int flags, int fd, int64_t offset)',
+);
+const cMunmap = libc.func('int munmap(intptr_t at, size_t length)');
+const cMincore = libc.func('int mincore(intptr_t at, size_t length, void *pages)');
+const cWritev = libc.func('int64_t writev(int fd, void *iov, int count)');
+
+const PROT_READ = 1;
+const MAP_SHARED = 1;
+
+/**
+ * Writes a header and a range of a file as one message: the kernel takes the bytes from the page cache itself. The
+ * range is mapped for the length of the call alone, because a mapping keeps a removed file's space.
+ */
+export class FileSender {
+  readonly #vectors: BigUint64Array;
+  readonly #pages: Buffer;
+
+  /** `header`: kept, and read at each `send`. */
+  constructor(header: Uint8Array, lengthMax: number) {
+    this.#vectors = BigUint64Array.of(koffi.address(header), BigInt(header.length), 0n, 0n);
+    this.#pages = Buffer.alloc(Math.ceil(lengthMax / PAGE_BYTES));
+  }
+
+  /** The range begins and ends at pages. False when some of it is not in the page cache or cannot be mapped: then
+   * nothing was written. Throws what write(2) does. */
+  send(to: number, file: number, offsetBytes: number, lengthBytes: number): boolean {
+    const at = Number(cMmap(null, lengthBytes, PROT_READ, MAP_SHARED, file, offsetBytes));
+    if (at === -1) return false;
+    try {
+      const pages = lengthBytes / PAGE_BYTES;
+      if (cMincore(at, lengthBytes, this.#pages) !== 0) return false;
+      const missing = this.#pages.indexOf(0);
+      if (missing >= 0 && missing < pages) return false;
+      this.#vectors[2] = BigInt(at);
+      this.#vectors[3] = BigInt(lengthBytes);
+      checked('writev', cWritev(to, this.#vectors, 2));
+      return true;
+    } finally {
+      cMunmap(at, lengthBytes);
+    }
+  }
+}
+
 const cSocketPair = libc.func('int socketpair(int domain, int type, int protocol, _Out_ int *pair)');
 koffi.struct('iovec', { base: 'void *', length: 'size_t' });
 koffi.struct('msghdr', {

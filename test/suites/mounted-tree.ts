@@ -23,6 +23,7 @@ import {
   unlinkSync,
   utimesSync,
   chmodSync,
+  chownSync,
   writeFileSync,
   writeSync,
 } from 'node:fs';
@@ -192,12 +193,23 @@ export function mountedTreeSuite(name: string, start: () => Promise<MountedTree>
         ['chmod', () => chmodSync(at(tree.image), 0o777)],
         ['utimes', () => utimesSync(at(tree.image), 1, 1)],
         ['chmod of a folder', () => chmodSync(folder, 0o777)],
+        ['chown', () => chownSync(at(tree.image), 12, 34)],
+        ['chown of a folder', () => chownSync(folder, 12, 34)],
+        ['utimes of a folder', () => utimesSync(folder, 1, 1)],
+        ['rename of a folder', () => renameSync(folder, path.join(root, 'new'))],
+        ['rename of a clone over an image', () => renameSync(clone, at(tree.image))],
+        ['rename of a folder of a clone', () => renameSync(path.dirname(clone), path.join(root, 'new'))],
+        ['link of a clone', () => linkSync(clone, path.join(folder, 'new'))],
+        ['symlink in the root', () => symlinkSync('..', path.join(root, 'new'))],
+        ['mkdir beside a clone', () => mkdirSync(`${path.dirname(clone)}/new`)],
+        ['append', () => openSync(at(tree.image), 'a')],
       ];
       for (const [what, call] of calls) assert.throws(call, errno('EROFS'), what);
       for (const [tool, ...rest] of [
         ['mknod', path.join(folder, 'new'), 'p'],
         ['mv', '-T', outside, path.join(folder, 'new')],
         ['setfattr', '-n', 'user.x', '-v', '1', at(tree.image)],
+        ['setfattr', '-x', 'user.x', at(tree.image)],
       ] as const) {
         const failed = await run(tool, rest, { env: { ...process.env, LC_ALL: 'C' } }).then(
           () => 'it worked',

@@ -7,11 +7,13 @@
  * device cannot be stopped from JavaScript in any other way, and Node waits for it when the process exits.
  */
 import { closeSync, openSync } from 'node:fs';
+import { availableParallelism } from 'node:os';
 import path from 'node:path';
 import { Worker } from 'node:worker_threads';
 import { errnoOf, GridError } from '../../core/errors.ts';
 import { ioctl } from '../../core/linux.ts';
 import type { QuietPoints } from '../../core/quiet.ts';
+import { newTurns } from './turns.ts';
 import { COUNTERS, send } from './worker.ts';
 import type { FromWorker, ToWorker, WorkerData } from './worker.ts';
 
@@ -58,12 +60,15 @@ export class DeviceWorkers {
   ): Promise<DeviceWorkers> {
     const file = new URL(`./worker${path.extname(import.meta.url)}`, import.meta.url);
     const fuseRunning = new SharedArrayBuffer(Int32Array.BYTES_PER_ELEMENT);
+    const fuseTurns = newTurns(count);
     const members = Array.from({ length: count }, (_, index): Member => {
       const fuseCounters = new SharedArrayBuffer(COUNTERS * Float64Array.BYTES_PER_ELEMENT);
       const quietSlot = quiet.register();
       const workerData: WorkerData = {
         fuseCounters,
         fuseRunning,
+        fuseTurns,
+        awakeMax: availableParallelism(),
         quietCounters: quiet.counters,
         quietSlot,
       };

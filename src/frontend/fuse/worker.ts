@@ -1,18 +1,20 @@
 /**
  * A worker thread: takes requests from its own device descriptor, answers READ and WRITE of files that lie on
  * this host straight from their files, and hands everything else to the main thread, which answers on the same
- * descriptor. Per request: one read(2), one pread or pwrite, one write(2); no allocation, no other thread.
+ * descriptor. Per request: one read(2), one pread or pwrite, one write(2); no allocation, no other thread. Large reads
+ * are not copied here: the kernel takes them from the cache file's own pages (FileSender in linux.ts). A read that the
+ * page cache cannot answer, and a write where the last one was slow, are waits: see turns.ts.
  *
  * The thread sits in blocking system calls and never returns to its event loop, so messages to it are fetched
  * when it meets a handle that it does not know: the main thread posts a handle before the kernel learns it.
  * It ends when the device says ENODEV: the mount is gone.
  */
-import { readSync, writeSync } from 'node:fs';
 import { parentPort, receiveMessageOnPort, workerData } from 'node:worker_threads';
 import { DirectFile } from '../../core/direct-io.ts';
 import { errnoOf, invariant } from '../../core/errors.ts';
 import type { DirectMap } from '../../core/image.ts';
-import { FUSE_REQUEST_BYTES_MAX } from '../../core/limits.ts';
+import { FUSE_REQUEST_BYTES_MAX, KIB } from '../../core/limits.ts';
+import { FileSender, pageAligned, preadNow, readInto, vectorOf, writeFrom } from '../../core/linux.ts';
 import { QuietThread } from '../../core/quiet.ts';
 import { countLatency, HISTOGRAM_DOUBLES } from '../../core/usage.ts';
 import { stampMicroseconds } from './operation-times.ts';
@@ -26,12 +28,16 @@ import {
   WRITE,
   WRITE_BODY_BYTES,
 } from './protocol.ts';
+import { Turns } from './turns.ts';
 
 export interface WorkerData {
   /** COUNTERS doubles. */
   readonly fuseCounters: SharedArrayBuffer;
   /** One i32 for all workers of a mount: how many are in the device. */
   readonly fuseRunning: SharedArrayBuffer;
+  /** Of turns.ts, and how many may be awake. */
+  readonly fuseTurns: SharedArrayBuffer;
+  readonly awakeMax: number;
   /** Of the process's QuietPoints, with this worker's slot. */
   readonly quietCounters: SharedArrayBuffer;
   readonly quietSlot: number;
@@ -62,6 +68,21 @@ export const TIMES_WRITE = TIMES_READ + HISTOGRAM_DOUBLES;
 export const COUNTERS = TIMES_WRITE + HISTOGRAM_DOUBLES;
 
 const PAGE = 4096;
+
+/** A request that took longer has waited for something: the next of its kind is expected to. */
+const SLOW_MS = 2;
+/** From here on a reply is taken from the file itself: below, four system calls cost more than a copy. */
+const MAPPED_BYTES_MIN = 64 * KIB;
+
+type Found =
+  | 'sent'
+  /** Into the output buffer. */
+  | 'filled'
+  | 'waits'
+  | 'unknown';
+
+/** A worker that rests hears at least this often of handles that were opened and released. */
+const REST_MS = 60_000;
 const WRITE_DATA_AT = IN_HEADER_BYTES + WRITE_BODY_BYTES;
 
 class Server {
@@ -73,13 +94,19 @@ class Server {
   /** Of each handle that the main thread announced; undefined where it serves the file itself. */
   readonly #maps = new Map<number, DirectMap | undefined>();
   readonly #files = new Map<number, DirectFile>();
-  readonly #input = Buffer.alloc(REQUEST_BUFFER_BYTES);
+  readonly #input = pageAligned(REQUEST_BUFFER_BYTES, WRITE_DATA_AT);
   readonly #inputWords = new Uint32Array(this.#input.buffer, this.#input.byteOffset, 20);
-  readonly #output = Buffer.alloc(OUT_HEADER_BYTES + FUSE_REQUEST_BYTES_MAX);
+  readonly #output = pageAligned(OUT_HEADER_BYTES + FUSE_REQUEST_BYTES_MAX, OUT_HEADER_BYTES);
   readonly #outputWords = new Uint32Array(this.#output.buffer, this.#output.byteOffset, 6);
+  readonly #sender = new FileSender(this.#output.subarray(0, OUT_HEADER_BYTES), FUSE_REQUEST_BYTES_MAX);
   /** Views by length in pages, made at first use: requests of whole pages allocate nothing. */
   readonly #targets: Buffer[] = [];
   readonly #sources: Buffer[] = [];
+  /** Of #targets, for preadNow. */
+  readonly #vectors: BigUint64Array[] = [];
+  readonly #turns: Turns;
+  #readsWait = false;
+  #writesWait = false;
   /** When the request under way was read, by `performance.now()`. */
   #startedMs = 0;
 
@@ -89,7 +116,9 @@ class Server {
     receive: () => ToWorker | undefined,
     counters: Float64Array,
     quiet: QuietThread,
+    turns: Turns,
   ) {
+    this.#turns = turns;
     this.#fd = fd;
     this.#post = post;
     this.#receive = receive;
@@ -99,9 +128,14 @@ class Server {
 
   /** Returns when the device is gone. */
   run(): void {
+    const drain = this.#drain.bind(this);
     for (;;) {
+      this.#turns.rest(REST_MS, drain);
       const length = this.#next();
-      if (length === 0) return;
+      if (length === 0) {
+        this.#turns.end();
+        return;
+      }
       this.#startedMs = performance.now();
       const opcode = this.#inputWords[1]!;
       if (opcode === READ) {
@@ -119,7 +153,7 @@ class Server {
   #next(): number {
     for (;;) {
       try {
-        const length = readSync(this.#fd, this.#input, 0, REQUEST_BUFFER_BYTES, null);
+        const length = readInto(this.#fd, this.#input, REQUEST_BUFFER_BYTES);
         if (length === 0 || length >= IN_HEADER_BYTES) return length;
       } catch (error) {
         const errno = errnoOf(error);
@@ -143,25 +177,63 @@ class Server {
     const wantedBytes = this.#inputWords[14]!;
     const lengthBytes = Math.max(0, Math.min(wantedBytes, file.map.sizeBytes - offsetBytes));
     if (lengthBytes > FUSE_REQUEST_BYTES_MAX) return false;
+    let sent = false;
     if (lengthBytes > 0) {
+      let waits = this.#readsWait;
+      if (waits) this.#turns.leave();
       // What the states promise holds until `leave`: see src/core/quiet.ts.
       this.#quiet.enter();
       try {
-        if (!file.read(this.#view(this.#targets, this.#output, OUT_HEADER_BYTES, lengthBytes), offsetBytes)) {
-          return false;
+        const found = this.#readNow(file, offsetBytes, lengthBytes);
+        sent = found === 'sent';
+        if (found === 'waits' && !waits) {
+          waits = true;
+          this.#turns.leave();
         }
+        const filled = sent || found === 'filled';
+        if (!filled && !file.read(this.#target(lengthBytes), offsetBytes)) return false;
       } catch {
         return false; // a bad spot of the disk: the image may know another way to these bytes
       } finally {
         this.#quiet.leave();
+        if (waits) this.#turns.return();
+        this.#readsWait = performance.now() - this.#startedMs > SLOW_MS;
       }
     }
     this.#counters[COUNT_READS]!++;
     this.#counters[COUNT_READ_BYTES]! += lengthBytes;
     file.usage?.countRead(lengthBytes);
-    this.#reply(0, OUT_HEADER_BYTES + lengthBytes);
+    if (!sent) this.#reply(0, OUT_HEADER_BYTES + lengthBytes);
     countLatency(this.#counters, TIMES_READ, performance.now() - this.#startedMs);
     return true;
+  }
+
+  /** What the page cache of one file has; 'waits' where the disk has to be asked. */
+  #readNow(file: DirectFile, offsetBytes: number, lengthBytes: number): Found {
+    if (lengthBytes % PAGE !== 0) return 'unknown';
+    const fd = file.sourceOf(offsetBytes, lengthBytes);
+    if (fd < 0) return 'unknown';
+    if (lengthBytes >= MAPPED_BYTES_MIN && offsetBytes % PAGE === 0) {
+      return this.#sendMapped(fd, offsetBytes, lengthBytes) ? 'sent' : 'waits';
+    }
+    const vector = (this.#vectors[lengthBytes / PAGE] ??= vectorOf(this.#target(lengthBytes)));
+    const got = preadNow(fd, vector, offsetBytes);
+    if (got === lengthBytes) return 'filled';
+    return got === 0 ? 'unknown' : 'waits';
+  }
+
+  #sendMapped(fd: number, offsetBytes: number, lengthBytes: number): boolean {
+    this.#writeHeader(0, OUT_HEADER_BYTES + lengthBytes);
+    try {
+      return this.#sender.send(this.#fd, fd, offsetBytes, lengthBytes);
+    } catch (error) {
+      // Else the page went in between, and with it the reply: what follows tries again, and the kernel knows.
+      return isGone(error);
+    }
+  }
+
+  #target(lengthBytes: number): Buffer {
+    return this.#view(this.#targets, this.#output, OUT_HEADER_BYTES, lengthBytes);
   }
 
   /** Body: u64 fh, u64 offset, u32 size, …, data at 80. False: the main thread has to. */
@@ -172,6 +244,8 @@ class Server {
     const lengthBytes = this.#inputWords[14]!;
     const fits = lengthBytes <= length - WRITE_DATA_AT && offsetBytes + lengthBytes <= file.map.sizeBytes;
     if (lengthBytes === 0 || !fits) return false;
+    const waits = this.#writesWait;
+    if (waits) this.#turns.leave();
     this.#quiet.enter();
     try {
       if (!file.write(this.#view(this.#sources, this.#input, WRITE_DATA_AT, lengthBytes), offsetBytes))
@@ -181,6 +255,8 @@ class Server {
       return true;
     } finally {
       this.#quiet.leave();
+      if (waits) this.#turns.return();
+      this.#writesWait = performance.now() - this.#startedMs > SLOW_MS;
     }
     this.#counters[COUNT_WRITES]!++;
     this.#counters[COUNT_WRITE_BYTES]! += lengthBytes;
@@ -211,13 +287,17 @@ class Server {
   }
 
   #reply(errno: number, length: number): void {
+    this.#writeHeader(errno, length);
+    const failure = send(this.#fd, this.#output, length);
+    if (failure !== undefined) this.#post({ kind: 'log', message: failure });
+  }
+
+  #writeHeader(errno: number, length: number): void {
     const words = this.#outputWords;
     words[0] = length;
     words[1] = -errno;
     words[2] = this.#inputWords[2]!;
     words[3] = this.#inputWords[3]!;
-    const failure = send(this.#fd, this.#output, length);
-    if (failure !== undefined) this.#post({ kind: 'log', message: failure });
   }
 
   #forward(length: number): void {
@@ -246,11 +326,10 @@ class Server {
  */
 export function send(fd: number, reply: Buffer, length: number): string | undefined {
   try {
-    writeSync(fd, reply, 0, length, null);
+    writeFrom(fd, reply, length);
     return undefined;
   } catch (error) {
-    const errno = errnoOf(error);
-    if (errno === 'ENOENT' || errno === 'ENODEV' || errno === 'ECONNABORTED') return undefined;
+    if (isGone(error)) return undefined;
     const isError = length === OUT_HEADER_BYTES && reply.readInt32LE(4) !== 0;
     if (!isError) {
       const refusal = Buffer.from(reply.subarray(0, OUT_HEADER_BYTES));
@@ -262,6 +341,12 @@ export function send(fd: number, reply: Buffer, length: number): string | undefi
   }
 }
 
+/** Whether a reply failed because nobody waits for it any more. */
+function isGone(error: unknown): boolean {
+  const errno = errnoOf(error);
+  return errno === 'ENOENT' || errno === 'ENODEV' || errno === 'ECONNABORTED';
+}
+
 if (parentPort && isWorkerData(workerData)) {
   const port = parentPort;
   const counters = new Float64Array(workerData.fuseCounters);
@@ -271,7 +356,8 @@ if (parentPort && isWorkerData(workerData)) {
   port.once('message', (first: ToWorker) => {
     invariant(first.kind === 'start', 'a worker is started before it is told anything else');
     const receive = () => receiveMessageOnPort(port)?.message as ToWorker | undefined;
-    new Server(first.fd, post, receive, counters, quiet).run();
+    const turns = new Turns(workerData.fuseTurns, workerData.awakeMax);
+    new Server(first.fd, post, receive, counters, quiet, turns).run();
     post({ kind: 'ended' });
     Atomics.sub(running, 0, 1);
     Atomics.notify(running, 0);
