@@ -132,10 +132,7 @@ class Server {
     for (;;) {
       this.#turns.rest(REST_MS, drain);
       const length = this.#next();
-      if (length === 0) {
-        this.#turns.end();
-        return;
-      }
+      if (length === 0) return;
       this.#startedMs = performance.now();
       const opcode = this.#inputWords[1]!;
       if (opcode === READ) {
@@ -357,7 +354,12 @@ if (parentPort && isWorkerData(workerData)) {
     invariant(first.kind === 'start', 'a worker is started before it is told anything else');
     const receive = () => receiveMessageOnPort(port)?.message as ToWorker | undefined;
     const turns = new Turns(workerData.fuseTurns, workerData.awakeMax);
-    new Server(first.fd, post, receive, counters, quiet, turns).run();
+    try {
+      new Server(first.fd, post, receive, counters, quiet, turns).run();
+    } finally {
+      // Also when it throws: those that rest have to serve until the mount is down, and then to end.
+      turns.end();
+    }
     post({ kind: 'ended' });
     Atomics.sub(running, 0, 1);
     Atomics.notify(running, 0);
