@@ -8,6 +8,11 @@
  * The thread sits in blocking system calls and never returns to its event loop, so messages to it are fetched
  * when it meets a handle that it does not know: the main thread posts a handle before the kernel learns it.
  * It ends when the device says ENODEV: the mount is gone.
+ *
+ * Tried and left, with the smallest loop in C on two processors: asking again for 50 µs before blocking (one reader
+ * 1.5 times as fast, four readers 0.75 times); splice(2) for large reads (as fast as their mapping, but needs a pipe
+ * that users may not have); splice for writes (the kernel copies a direct writer's bytes all the same). FUSE over
+ * io_uring is a host-wide parameter of the kernel's module that is off unless its operator turns it on.
  */
 import { parentPort, receiveMessageOnPort, workerData } from 'node:worker_threads';
 import { DirectFile } from '../../core/direct-io.ts';
