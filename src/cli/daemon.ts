@@ -30,7 +30,7 @@ import type { Manifest } from '../core/manifest.ts';
 import { parseReference } from '../core/manifest.ts';
 import { QuietPoints } from '../core/quiet.ts';
 import type { ChunkSource } from '../core/source.ts';
-import { cleanDeadMount, mountTree } from '../frontend/fuse/index.ts';
+import { cleanDeadMount, mountTree, prepareThreads } from '../frontend/fuse/index.ts';
 import type { Driver, HeldDevices } from '../frontend/fuse/index.ts';
 import { createTree } from '../image/index.ts';
 import { openStore, Store } from '../store/index.ts';
@@ -171,6 +171,11 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
       return opened;
     };
     const early = takeover ? await connect() : undefined;
+    // Loading them takes longer than all that has to wait for the last daemon's end.
+    const { held } = options;
+    const threads = takeover && held ? await prepareThreads(held.devices.length, quiet, log) : undefined;
+    let mounted = false;
+    if (threads) stack.defer(() => (mounted ? Promise.resolve() : threads.terminate()));
     await options.standBy?.();
     // The mount is ours, and would wait for this very process.
     if (!takeover) await refuseSecond(paths.name, mountpoint);
@@ -240,9 +245,11 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
       ...(options.allowOther === undefined ? {} : { allowOther: options.allowOther }),
       ...(options.uid === undefined ? {} : { uid: options.uid }),
       ...(options.gid === undefined ? {} : { gid: options.gid }),
-      ...(options.held === undefined ? {} : { held: options.held }),
+      ...(held === undefined ? {} : { held }),
+      ...(threads === undefined ? {} : { threads }),
       ...(options.workers === undefined ? {} : { workers: options.workers }),
     });
+    mounted = true;
     deferUnlessLeft(() => mount.unmount({ force: true }));
     await vmWork.goOn(takeover);
     // Not before: it may have to make room in the cache, and what the kernel reads by itself is claimed by now.

@@ -2,7 +2,8 @@
  * Run as a program: works on a file of a mount until its input ends, and stops with an error at the first wrong byte
  * or failed call. Arguments: 'read' FILE EQUAL (random reads, compared with the same ranges of EQUAL), 'direct' FILE
  * EQUAL (the same past the page cache), or 'write' FILE (random writes, compared with a copy in memory, all of it at
- * the end). Prints a dot for every few operations.
+ * the end). Prints a dot for every few operations, and at last how
+ * long the longest took.
  */
 import { constants, fstatSync, openSync, readFileSync, readSync, writeSync } from 'node:fs';
 
@@ -43,15 +44,20 @@ function operate(): void {
   }
 }
 
+let longestMs = 0;
 let going = true;
 process.stdin.on('end', () => (going = false)).resume();
 function turn(): void {
   if (!going) {
     check(0, expected.length);
-    process.stdout.write('whole\n');
+    process.stdout.write(`longest ${longestMs.toFixed(0)} ms\n`);
     return;
   }
-  for (let i = 0; i < OPERATIONS_A_DOT; i++) operate();
+  for (let i = 0; i < OPERATIONS_A_DOT; i++) {
+    const startMs = performance.now();
+    operate();
+    longestMs = Math.max(longestMs, performance.now() - startMs);
+  }
   process.stdout.write('.');
   setImmediate(turn);
 }

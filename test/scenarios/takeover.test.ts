@@ -25,6 +25,7 @@ class Load {
   readonly #child;
   #dots = 0;
   #said = '';
+  #last = '';
   #ended = false;
 
   constructor(world: World, ...args: string[]) {
@@ -32,7 +33,10 @@ class Load {
       stdio: ['pipe', 'pipe', 'pipe'],
       env: world.environment,
     });
-    this.#child.stdout.on('data', (part: Buffer) => (this.#dots += part.length));
+    this.#child.stdout.on('data', (part: Buffer) => {
+      this.#dots += part.length;
+      this.#last = part.toString('latin1');
+    });
     this.#child.stderr.on('data', (part: Buffer) => (this.#said += part.toString('utf8')));
     this.#child.once('exit', () => (this.#ended = true));
   }
@@ -46,12 +50,13 @@ class Load {
     }
   }
 
-  /** Has it compare everything and end. */
-  async finish(): Promise<void> {
+  /** Has it compare everything and end; what it said last. */
+  async finish(): Promise<string> {
     const closed = once(this.#child, 'close');
     this.#child.stdin.end();
     const [code] = (await closed) as [number | null];
     assert.equal(code, 0, this.#said);
+    return this.#last.trim();
   }
 
   kill(): void {
@@ -141,6 +146,11 @@ suite('a proxy that dies under load', () => {
     test(`a minute of verified random writes to a clone under ${what}`, { skip: !isLong }, async (t) => {
       await world.mount(world.store);
       const { disk } = await world.json<{ disk: string }>('clone', 'create', 'whole:1', '--name', 'fio');
+      // Open before every kill and opened again after it, both read by the kernel itself.
+      await world.succeeds('cmp', raw, whole);
+      const passing = load('read', whole, raw);
+      await passing.goesOn();
+      assert.ok((await status()).mount.passthroughOpens > 0, 'no passthrough');
       const fio = world.program(
         'fio',
         ...['--name=verify', `--filename=${disk}`, '--rw=randwrite', '--bs=4k', '--ioengine=psync'],
@@ -169,7 +179,11 @@ suite('a proxy that dies under load', () => {
           if (inFlight() > 0) waited++;
         }
         times++;
+        await world.succeeds('cmp', raw, whole);
+        await passing.goesOn();
+        assert.ok((await status()).mount.passthroughOpens > 0, 'the new proxy opens by passthrough too');
       }
+      await passing.finish();
       const { code, stdout, stderr } = await fio;
       t.diagnostic(`${times} times, ${waited} of them with requests in flight`);
       assert.equal(code, 0, stderr + stdout);
@@ -179,16 +193,20 @@ suite('a proxy that dies under load', () => {
     });
   }
 
-  test('an upgrade gives the mount to a new process, and readers see no error', async () => {
+  test('an upgrade gives the mount to a new process, and readers see no error', async (t) => {
     await world.mount(world.store);
     const reading = load('read', whole, raw);
-    await reading.goesOn();
+    const { disk } = await world.json<{ disk: string }>('clone', 'create', 'whole:1', '--name', 'up');
+    const writing = load('write', disk);
+    for (const each of [reading, writing]) await each.goesOn();
     const first = await world.json<{ from: number; to: number }>('proxy', 'upgrade');
     const { pid } = await status();
     assert.equal(pid, first.to);
     assert.equal(isRunning(first.from), false);
-    await reading.goesOn();
+    for (const each of [reading, writing]) await each.goesOn();
     await reading.finish();
+    t.diagnostic(`of a reader and writer of a clone: ${await writing.finish()}`);
+    await world.json('clone', 'rm', 'up');
     await world.json('umount', world.mountpoint);
   });
 });

@@ -1,7 +1,7 @@
 /** Shows an ImageTree as a FUSE mount: by speaking to /dev/fuse itself (Linux 5.4 or later), or through fuse-native. */
 export { DRIVERS, mountTree } from './drivers.ts';
 export type { Driver } from './drivers.ts';
-export { READAHEAD_BYTES_DEFAULT, WORKERS_DEFAULT } from './mount.ts';
+export { prepareThreads, READAHEAD_BYTES_DEFAULT, WORKERS_DEFAULT } from './mount.ts';
 export type {
   FuseMount,
   HeldDevices,

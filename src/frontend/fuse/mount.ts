@@ -84,6 +84,9 @@ export interface MountOptions {
   readonly quiet?: QuietPoints;
   /** Devices and ledger that somebody keeps open beyond this process's end; with it the mount outlives us. */
   readonly held?: HeldDevices;
+  /** As many threads as there are devices, of `prepareThreads` with the same quiet points: a successor has them before
+   * it is its turn. They are the mount's from here on. */
+  readonly threads?: MountThreads;
   /** Gets a line for each failed request and each trouble. */
   readonly log?: (message: string) => void;
 }
@@ -93,6 +96,21 @@ export interface HeldDevices {
   readonly devices: readonly number[];
   /** The file of ledger.ts; empty at first. */
   readonly ledger: number;
+}
+
+/** Threads of a mount to come. */
+export interface MountThreads {
+  /** Ends them, where no mount came of it; nothing afterwards. */
+  terminate(): Promise<void>;
+}
+
+/** Starts a mount's threads and resolves when they are loaded. */
+export function prepareThreads(
+  count: number,
+  quiet: QuietPoints,
+  log: (message: string) => void,
+): Promise<MountThreads> {
+  return DeviceWorkers.start(count, quiet, log);
 }
 
 export interface MountStatistics {
@@ -175,7 +193,11 @@ export async function mountKernel(
   const place = before ? before.mount.mountpoint : await checkMountpoint(mountpoint);
   const root = await tree.lookup([]);
   if (root?.type !== 'directory') throw new GridError('bug', 'the root of a tree is not a directory');
-  const workers = await DeviceWorkers.start(workerCount, options.quiet ?? new QuietPoints(), log);
+  const { threads } = options;
+  const workers =
+    threads instanceof DeviceWorkers
+      ? threads
+      : await DeviceWorkers.start(workerCount, options.quiet ?? new QuietPoints(), log);
   let backings: BackingFiles | undefined;
   const session = new Session({
     tree,
