@@ -13,7 +13,7 @@ import { failed, say } from './lib/scene.ts';
 const BENCHES: Record<string, { full: string[]; quick: string[] }> = {
   instantiate: { full: [], quick: ['--quick'] },
   peers: { full: ['--runs', '3'], quick: ['--links', 'wan'] },
-  scale: { full: [], quick: ['--clones', '1,4', '--hosts', '1,2'] },
+  scale: { full: [], quick: ['--clones', '1,4', '--hosts', '1,2,3'] },
   io: { full: [], quick: ['--runs', '1', '--link', '30ms,100mbit'] },
 };
 

@@ -27,6 +27,7 @@ import { table } from '../src/cli/kit.ts';
 import { KIB, MIB } from '../src/core/limits.ts';
 import { startService } from './lib/child.ts';
 import { hostFacts, median } from './lib/facts.ts';
+import { headOf } from './lib/record.ts';
 
 const run = promisify(execFile);
 const say = (text: string) => process.stderr.write(`${text}\n`);
@@ -305,7 +306,7 @@ async function main(): Promise<void> {
   );
   if (values.json !== undefined) {
     const facts = { ...hostFacts('none'), imageBytes: statSync(path.join(folder, 'image.raw')).size };
-    writeFileSync(values.json, JSON.stringify({ schema: 1, host: facts, rows }, null, 2) + '\n');
+    writeFileSync(values.json, JSON.stringify({ ...headOf('fuse'), host: facts, rows }, null, 2) + '\n');
   }
 }
 

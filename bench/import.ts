@@ -21,6 +21,7 @@ import { buildGuest, guestCacheFolder } from './guest/build.ts';
 import type { GuestName } from './guest/build.ts';
 import { gridvfs } from './lib/child.ts';
 import { hostFacts, median } from './lib/facts.ts';
+import { headOf } from './lib/record.ts';
 
 const SUBJECTS = ['gridvfs import', 'gridvfs import again', 'qemu-img convert', 'casync make'] as const;
 type Subject = (typeof SUBJECTS)[number];
@@ -166,9 +167,8 @@ async function main(): Promise<void> {
   );
   if (settings.json !== undefined) {
     const record = {
-      schema: 1,
+      ...headOf('import'),
       host: hostFacts('none'),
-      made: new Date().toISOString(),
       image: { name: path.basename(image), sizeBytes: first!.sizeBytes, nonzeroBytes: first!.nonzeroBytes },
       rows,
     };

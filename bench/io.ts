@@ -32,6 +32,7 @@ import {
 } from './io-scene.ts';
 import type { Link, LinkSetting, Replayed, Scene } from './io-scene.ts';
 import { hostFacts, median } from './lib/facts.ts';
+import { headOf } from './lib/record.ts';
 import { parseDuration, parseRate } from './link/units.ts';
 import { installPackages, missingPackages, PEERS, versionOf } from './peers/peers.ts';
 import type { Peer } from './peers/peers.ts';
@@ -349,9 +350,8 @@ async function main(settings: Settings): Promise<void> {
   if (settings.json === undefined) return;
   const { guest, trace } = scene;
   const record = {
-    schema: 1,
+    ...headOf('io'),
     host: hostFacts(trace.boots[JUDGED_BOOT]!.identity.accelerator),
-    made: new Date().toISOString(),
     guest: {
       name: guest.name,
       sha256: guest.sha256,

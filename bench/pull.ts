@@ -26,6 +26,7 @@ import { chunkLengthOf, parseManifest } from '../src/core/manifest.ts';
 import { buildGuest, guestCacheFolder } from './guest/build.ts';
 import { gridvfs, startService } from './lib/child.ts';
 import { hostFacts, median } from './lib/facts.ts';
+import { headOf } from './lib/record.ts';
 import { parseRate } from './link/units.ts';
 import { runProgram } from './peers/program.ts';
 import { startSshd } from './peers/sshd.ts';
@@ -406,7 +407,7 @@ async function main(): Promise<void> {
     plainBytes: scene.plainBytes,
     storedBytes: scene.storedBytes,
   };
-  const record = { schema: 1, host: hostFacts('none'), made: new Date().toISOString(), image, rows };
+  const record = { ...headOf('pull'), host: hostFacts('none'), image, rows };
   await writeFile(values.json, JSON.stringify(record, null, 2) + os.EOL);
   say(`rows written to ${values.json}`);
 }

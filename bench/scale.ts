@@ -1,7 +1,7 @@
 /**
  * `gridvfs bench scale`: 1…N clones started at once on one host with an empty cache, and 1…N hosts, each with an empty
  * cache of its own, started at once behind one origin and one link. What the origin sends, when the first and the last
- * guest is ready, processor time of the service; and a model fitted to the hosts' points (lib/model.ts) that says what
+ * guest is ready, processor time of the service; and a model fitted to the hosts' points (lib/model.ts), three at least, that says what
  * 100 and 1,000 hosts would see: a prediction, and called one.
  *
  * All guests run on this one machine, so with many of them its processor, not the service, decides when the last one is ready.
@@ -26,6 +26,8 @@ import { EMULATORS, parseLink } from './link/network.ts';
 
 const LINK = 'wan';
 const PREDICTED_HOSTS = [1, 10, 100, 1000];
+/** A line through two points fits always and says nothing. */
+const POINTS_MIN = 3;
 
 function options() {
   const { values } = parseArgs({
@@ -179,7 +181,9 @@ async function main(): Promise<void> {
   for (const count of settings.clones) await run('clones', count);
   for (const count of settings.hosts) await run('hosts', count);
   const points = rows.filter((row) => row.case === 'hosts').map((row) => ({ ...row, hosts: row.count }));
-  const model = points.length === 0 ? undefined : fitScale(points, links[0]!.bitsPerSecond);
+  const model = points.length < POINTS_MIN ? undefined : fitScale(points, links[0]!.bitsPerSecond);
+  if (points.length > 0 && !model)
+    say(`no prediction: it needs ${POINTS_MIN} counts of hosts (--hosts), and there are ${points.length}`);
   print(rows, model);
   const most = rows.findLast((row) => row.case === 'clones');
   const promises: Promised[] =

@@ -3,6 +3,7 @@ import assert from 'node:assert/strict';
 import { existsSync, readFileSync } from 'node:fs';
 import path from 'node:path';
 import { test } from 'node:test';
+import { BEGIN, END, performanceSection, readResults } from '../bench/readme.ts';
 import { ERROR_CODES } from '../src/core/errors.ts';
 
 const ROOT = path.resolve(import.meta.dirname, '..');
@@ -26,4 +27,9 @@ test('every source file that the README names exists', () => {
     named.filter((file) => !existsSync(path.join(ROOT, file))),
     [],
   );
+});
+
+test('every figure of the performance section comes from the record of a bench', () => {
+  const found = text.slice(text.indexOf(BEGIN) + BEGIN.length, text.indexOf(END)).trim();
+  assert.equal(found, performanceSection(readResults()));
 });

@@ -57,6 +57,19 @@ export interface BenchRecord {
   readonly [more: string]: unknown;
 }
 
+/** What every record begins with: the bench, the command without the file that it writes, and when. */
+export function headOf(bench: string): Pick<BenchRecord, 'schema' | 'bench' | 'command' | 'made'> {
+  const program = ['import', 'pull'].includes(bench)
+    ? `node bench/${bench}.ts`
+    : bench === 'fuse'
+      ? 'gridvfs bench io --case fuse'
+      : `gridvfs bench ${bench}`;
+  const given = process.argv.slice(2);
+  const at = given.indexOf('--json');
+  if (at >= 0) given.splice(at, 2);
+  return { schema: 1, bench, command: [program, ...given].join(' '), made: new Date().toISOString() };
+}
+
 /** What every record of starts says of its scene. */
 export function recordOf(
   bench: string,
@@ -66,11 +79,8 @@ export function recordOf(
 ): Omit<BenchRecord, 'rows' | 'promises'> {
   const { guest, network, nonzeroBytes, measured } = scene;
   return {
-    schema: 1,
-    bench,
-    command: `gridvfs bench ${[bench, ...process.argv.slice(2)].join(' ')}`,
+    ...headOf(bench),
     host: { ...host, load: os.loadavg()[0]! },
-    made: new Date().toISOString(),
     guest: {
       name: guest.name,
       sha256: guest.sha256,

@@ -202,6 +202,40 @@ test('a disk that fills up while chunks are evicted and recorded never shows a w
   await again.close();
 });
 
+// The line that it guards is `this.#waiting.push(...batch)` in cache/commits.ts.
+test('records that a full disk refuses are written when there is space again', async (t) => {
+  const mountpoint = mounted(t, (at) => mount('tmpfs', at, 'tmpfs', 0, 'size=64m'));
+  if (mountpoint === undefined) return;
+  const folder = path.join(mountpoint, 'cache');
+  const cache = await harness.open({ folder, source });
+  const image = await cache.openImage(fixture.digest);
+  const ballast = path.join(mountpoint, 'ballast');
+  const half = Buffer.alloc(Math.floor(raw.length / 2));
+  await image.read(half, 0);
+  assert.ok(half.equals(raw.subarray(0, half.length)));
+  let found = await figures(cache);
+  for (; found.presentChunks === 0; found = await figures(cache)) await pause(1);
+  assert.equal(found.recordedChunks, 0, 'the map has no page for records yet');
+  fillDisk(ballast);
+  await cache.flush();
+  assert.match((await cache.status()).degraded!, /disk of .* is full/);
+  assert.equal((await figures(cache)).recordedChunks, 0);
+  assert.ok((await readAll(image)).equals(raw));
+  rmSync(ballast);
+  await pause(CACHE_RETRY_MS);
+  assert.ok((await readAll(image)).equals(raw));
+  await cache.flush();
+  const { presentChunks, recordedChunks } = await figures(cache);
+  assert.ok(presentChunks > 0);
+  assert.equal(recordedChunks, presentChunks);
+  assert.equal((await cache.status()).degraded, undefined);
+  await cache.close();
+  const again = await harness.open({ folder, source });
+  assert.ok((await readAll(await again.openImage(fixture.digest))).equals(raw));
+  assert.equal((await figures(again)).refetchedChunks, 0);
+  await again.close();
+});
+
 /** Takes everything that is free. */
 function fillDisk(file: string): void {
   const fd = openSync(file, 'w');
