@@ -75,6 +75,14 @@ export function punchHole(fd: number, offsetBytes: number, lengthBytes: number):
   checked('fallocate', cFallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offsetBytes, lengthBytes));
 }
 
+const cFadvise = libc.func('int posix_fadvise(int fd, int64_t offset, int64_t len, int advice)');
+const POSIX_FADV_WILLNEED = 3;
+
+/** Has the kernel begin to read the range into its page cache. A wish: nothing fails. */
+export function willNeed(fd: number, offsetBytes: number, lengthBytes: number): void {
+  cFadvise(fd, offsetBytes, lengthBytes, POSIX_FADV_WILLNEED);
+}
+
 /** Reserves the range's blocks so that later writes to it cannot meet a full disk. */
 export function reserve(fd: number, offsetBytes: number, lengthBytes: number): void {
   if (lengthBytes === 0) return;

@@ -205,7 +205,10 @@ export async function mountKernel(
     owner: { uid: options.uid ?? process.getuid!(), gid: options.gid ?? process.getgid!() },
     readOnly: options.readOnly ?? false,
     log,
-    opened: (handle, map) => workers.broadcast({ kind: 'opened', handle, map }),
+    opened: (handle, map) => {
+      const met = map && new SharedArrayBuffer(map.base.states.byteLength);
+      workers.broadcast({ kind: 'opened', handle, map, met });
+    },
     released: (handle) => workers.broadcast({ kind: 'released', handle }),
     claim: async (image) => ((options.passthrough ?? true) ? backings?.claim(image) : undefined),
     ledger,

@@ -51,7 +51,13 @@ export interface WorkerData {
 /** To a worker. `start` comes first; after it the worker reads its messages only by receiveMessageOnPort. */
 export type ToWorker =
   | { readonly kind: 'start'; readonly fd: number }
-  | { readonly kind: 'opened'; readonly handle: number; readonly map: DirectMap | undefined }
+  | {
+      readonly kind: 'opened';
+      readonly handle: number;
+      readonly map: DirectMap | undefined;
+      /** For all workers together: see `readAhead` of DirectFile. */
+      readonly met: SharedArrayBuffer | undefined;
+    }
   | { readonly kind: 'released'; readonly handle: number };
 
 /** From a worker: bytes are a request; 'ready' before start, 'ended' last. */
@@ -97,7 +103,7 @@ class Server {
   readonly #counters: Float64Array;
   readonly #quiet: QuietThread;
   /** Of each handle that the main thread announced; undefined where it serves the file itself. */
-  readonly #maps = new Map<number, DirectMap | undefined>();
+  readonly #maps = new Map<number, { map: DirectMap; met: SharedArrayBuffer | undefined } | undefined>();
   readonly #files = new Map<number, DirectFile>();
   readonly #input = pageAligned(REQUEST_BUFFER_BYTES, WRITE_DATA_AT);
   readonly #inputWords = new Uint32Array(this.#input.buffer, this.#input.byteOffset, 20);
@@ -206,6 +212,7 @@ class Server {
     this.#counters[COUNT_READ_BYTES]! += lengthBytes;
     file.usage?.countRead(lengthBytes);
     if (!sent) this.#reply(0, OUT_HEADER_BYTES + lengthBytes);
+    file.readAhead();
     countLatency(this.#counters, TIMES_READ, performance.now() - this.#startedMs);
     return true;
   }
@@ -275,10 +282,10 @@ class Server {
     const known = this.#files.get(handle);
     if (known) return known;
     if (!this.#maps.has(handle)) this.#drain();
-    const map = this.#maps.get(handle);
-    if (!map) return undefined;
+    const opened = this.#maps.get(handle);
+    if (!opened) return undefined;
     // Now, not when it was announced: it may be closed already when this thread hears of it.
-    const file = new DirectFile(map, { verifies: true });
+    const file = new DirectFile(opened.map, { verifies: true, met: opened.met });
     this.#files.set(handle, file);
     return file;
   }
@@ -313,7 +320,8 @@ class Server {
   #drain(): void {
     for (let message = this.#receive(); message !== undefined; message = this.#receive()) {
       if (message.kind === 'opened') {
-        this.#maps.set(message.handle, message.map);
+        const { handle, map, met } = message;
+        this.#maps.set(handle, map && { map, met });
       } else if (message.kind === 'released') {
         this.#maps.delete(message.handle);
         this.#files.delete(message.handle);
