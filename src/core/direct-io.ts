@@ -35,7 +35,7 @@ import {
 } from './image.ts';
 import type { DirectLayer, DirectMap } from './image.ts';
 import { chunkHash } from './chunk-hash.ts';
-import { willNeed } from './linux.ts';
+import { DiskAhead } from './disk-ahead.ts';
 import { Usage } from './usage.ts';
 import { GridError } from './errors.ts';
 import { FUSE_REQUEST_BYTES_MAX, LAYER_BLOCK_BYTES } from './limits.ts';
@@ -59,10 +59,8 @@ export class DirectFile {
   readonly usage: Usage | undefined;
   readonly #unitStates: Uint8Array;
   readonly #touched: Uint8Array;
-  /** 1 for each unit of the base that was read from since the open; undefined where nobody reads ahead. */
-  readonly #met: Uint8Array | undefined;
-  /** The unit that a read met first and has read a part of; -1 for none. */
-  #metNow = -1;
+  /** Undefined where nobody reads ahead. */
+  readonly #ahead: DiskAhead | undefined;
   /** What UNVERIFIED units are hashed against; undefined where this object leaves that to the main thread. */
   readonly #hashes: BigUint64Array | undefined;
   /** Where the base's own file ends: beyond it a read is zeros, before it a short read is damage. */
@@ -77,7 +75,7 @@ export class DirectFile {
   readonly #claims = new Uint8Array(WRITE_BLOCKS_MAX);
 
   /**
-   * `met`: a byte for each unit, for `readAhead`, which the owner calls after each read.
+   * `met`: of disk-ahead.ts, a byte for each unit of the base.
    * `verifies`: units not yet checked are read and hashed here, which takes as long as their disk does; not for a
    * main thread. `obeysHold` false: whoever holds writes (`budget` of `DirectLayer`) uses this very object for those
    * that come to it. Throws EBADF when the base's descriptor is closed.
@@ -95,7 +93,7 @@ export class DirectFile {
     if (map.usage) this.usage = new Usage(map.usage);
     this.#unitStates = new Uint8Array(map.base.states);
     this.#touched = new Uint8Array(map.base.touched);
-    if (met) this.#met = new Uint8Array(met);
+    if (met) this.#ahead = new DiskAhead(map.base, met);
     if (verifies && map.base.hashes) this.#hashes = new BigUint64Array(map.base.hashes);
     const frozen = map.layer?.frozen ?? [];
     this.#frozenFds = Int32Array.from(frozen, ({ fd }) => fd);
@@ -178,25 +176,14 @@ export class DirectFile {
       const state = Atomics.load(states, unit);
       if (state !== UNIT_PRESENT && !(state === UNIT_UNVERIFIED && this.#verify(unit))) return false;
       this.#touched[unit] = 1;
-      if (this.#met?.[unit] === 0) {
-        this.#met[unit] = 1;
-        if (state === UNIT_PRESENT && lengthBytes < unitBytes) this.#metNow = unit;
-      }
+      this.#ahead?.note(unit);
     }
     return true;
   }
 
-  /**
-   * Has the kernel read the rest of a unit that the last read met first since the open (`met` of the constructor, shared
-   * by all threads that serve it), and does not wait: what lies together in an image is read together, and the disk gets
-   * one request instead of many. Once per unit and open: random reads of a large image cost one more reading of it at
-   * the most.
-   */
+  /** For the owner to call when whoever asked has what was read: see disk-ahead.ts. */
   readAhead(): void {
-    if (this.#metNow < 0) return;
-    const { unitBytes, fd } = this.map.base;
-    willNeed(fd, this.#metNow * unitBytes, unitBytes);
-    this.#metNow = -1;
+    this.#ahead?.go();
   }
 
   /** Makes an UNVERIFIED unit PRESENT if its bytes are right; true when it is PRESENT now, whoever did it. */

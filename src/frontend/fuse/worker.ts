@@ -55,7 +55,7 @@ export type ToWorker =
       readonly kind: 'opened';
       readonly handle: number;
       readonly map: DirectMap | undefined;
-      /** For all workers together: see `readAhead` of DirectFile. */
+      /** For all workers together: see src/core/disk-ahead.ts. */
       readonly met: SharedArrayBuffer | undefined;
     }
   | { readonly kind: 'released'; readonly handle: number };

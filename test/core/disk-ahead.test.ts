@@ -1,0 +1,93 @@
+/** What is read ahead from the disk, as the kernel's page cache shows it (fincore of util-linux). */
+import assert from 'node:assert/strict';
+import { execFileSync } from 'node:child_process';
+import { closeSync, fsyncSync, mkdtempSync, openSync, rmSync, writeSync } from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
+import { after, test } from 'node:test';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { DiskAhead } from '../../src/core/disk-ahead.ts';
+import { UNIT_ABSENT, UNIT_PRESENT } from '../../src/core/image.ts';
+import { KIB } from '../../src/core/limits.ts';
+
+const UNIT_BYTES = 64 * KIB;
+const UNITS = 1024;
+
+const folder = mkdtempSync(path.join(os.tmpdir(), 'gridvfs-ahead-'));
+const file = path.join(folder, 'data');
+const fd = openSync(file, 'w+');
+for (let unit = 0; unit < UNITS; unit++) writeSync(fd, Buffer.alloc(UNIT_BYTES, unit));
+fsyncSync(fd);
+after(() => {
+  closeSync(fd);
+  rmSync(folder, { recursive: true });
+});
+
+const residentUnits = () =>
+  Number(execFileSync('fincore', ['-n', '-b', '-r', '-o', 'RES', file], { encoding: 'utf8' })) / UNIT_BYTES;
+
+function drop(): void {
+  execFileSync('dd', [`of=${file}`, 'oflag=nocache', 'conv=notrunc', 'count=0', 'status=none']);
+}
+
+/** An open of the file: all of it is here but for the units named. */
+function open(absent: readonly number[] = []) {
+  drop();
+  const states = new SharedArrayBuffer(UNITS);
+  const bytes = new Uint8Array(states).fill(UNIT_PRESENT);
+  for (const unit of absent) bytes[unit] = UNIT_ABSENT;
+  const met = new SharedArrayBuffer(UNITS);
+  return { ahead: new DiskAhead({ fd, unitBytes: UNIT_BYTES, states }, met), met: new Uint8Array(met) };
+}
+
+async function shows(units: number): Promise<void> {
+  for (let tries = 0; residentUnits() !== units && tries < 200; tries++) await sleep(5);
+  assert.equal(residentUnits(), units);
+}
+
+drop();
+const skip = residentUnits() === 0 ? false : 'the temp folder keeps what it has in memory';
+
+test(
+  'what a reader comes to is read to its end, and more each time behind it, past what is not here',
+  { skip },
+  async () => {
+    const { ahead, met } = open([11, 12]);
+    ahead.note(10);
+    ahead.go();
+    await shows(3);
+    assert.deepEqual([...met.subarray(9, 16)], [0, 2, 0, 0, 1, 1, 0]);
+    // What was asked for asks for nothing.
+    ahead.note(13);
+    ahead.go();
+    await shows(3);
+    ahead.note(100);
+    ahead.go();
+    await shows(3 + 5);
+  },
+);
+
+test('a reader that jumps causes sixteen units more than it comes to, and no more', { skip }, async () => {
+  const { ahead } = open();
+  let met = 0;
+  for (let unit = 0; unit < UNITS; unit += 64, met++) {
+    ahead.note(unit);
+    ahead.go();
+  }
+  await sleep(50);
+  const behind = residentUnits() - met;
+  assert.ok(behind >= 16 && behind < 16 + 32, `${behind} units behind the ${met}`);
+});
+
+test('each unit is asked for once by all threads of an open together', { skip }, async () => {
+  const { ahead, met } = open();
+  ahead.note(5);
+  ahead.go();
+  await shows(3);
+  drop();
+  ahead.note(5);
+  ahead.note(6);
+  ahead.go();
+  assert.deepEqual([...met.subarray(5, 8)], [2, 2, 1]);
+  assert.equal(residentUnits(), 0);
+});
