@@ -9,6 +9,9 @@
  * read-ahead reaches a chunk or two further. The ratio of a warm run is to the local run of its own round. `profile`: cold,
  * but the origin has the profile of another start.
  *
+ * Resumes are the table's other row: from the request until the guest has said what only its memory holds (lib/resumes.ts).
+ * `--only resume` measures these, and of the reboots what their promises need.
+ *
  * Everything started is stopped at the end, on failure and on Ctrl-C.
  */
 import { rm } from 'node:fs/promises';
@@ -18,6 +21,8 @@ import { isRoot } from '../src/core/linux.ts';
 import { createQemu } from '../src/vmm/index.ts';
 import { hostFacts } from './lib/facts.ts';
 import { heatOf } from './lib/heat.ts';
+import { prepareCheckpoints, resumeGrid, resumeLocal } from './lib/resumes.ts';
+import type { Checkpoints } from './lib/resumes.ts';
 import { printStarts, promisesOf, rowsOf } from './lib/start-rows.ts';
 import type { Runs } from './lib/start-rows.ts';
 import { check, printPromises, recordOf, writeRecord } from './lib/record.ts';
@@ -42,6 +47,7 @@ function options() {
       quick: { type: 'boolean', default: false },
       full: { type: 'boolean' },
       application: { type: 'boolean' },
+      only: { type: 'string' },
       check: { type: 'boolean', default: false },
       json: { type: 'string' },
     },
@@ -60,6 +66,9 @@ function options() {
   const asked = values.link ?? (DEMO || !isRoot() ? 'relay' : 'packets');
   const emulator = EMULATORS.find((name) => name === asked);
   if (emulator === undefined) throw new RangeError(`--link ${asked}: write ${EMULATORS.join(' or ')}`);
+  const only = (['reboot', 'resume'] as const).find((name) => name === values.only);
+  if (only === undefined && values.only !== undefined)
+    throw new RangeError(`--only ${values.only}: write reboot or resume`);
   return {
     guest,
     emulator,
@@ -67,8 +76,9 @@ function options() {
     coldRuns: count('cold-runs', quick ? 1 : 3),
     links: [parseLink('lan', values.lan), parseLink('wan', values.wan)],
     asked: { lan: values.lan, wan: values.wan },
-    full: values.full ?? !DEMO,
-    application: values.application ?? !DEMO,
+    only,
+    full: values.full ?? (!DEMO && only === undefined),
+    application: values.application ?? (!DEMO && only === undefined),
     check: values.check,
     json: values.json,
   };
@@ -77,6 +87,7 @@ function options() {
 type Settings = ReturnType<typeof options>;
 
 interface Step {
+  readonly kind: 'reboot' | 'resume';
   readonly subject: string;
   readonly counted: boolean;
   readonly run: (scene: Scene, number: number) => Promise<Start>;
@@ -117,24 +128,78 @@ async function startFromCopy(scene: Scene, number: number): Promise<Start> {
   }
 }
 
+type Plain = Pick<Step, 'subject' | 'run'>;
+const counted = (steps: readonly Plain[]) => steps.map((step) => ({ ...step, counted: true }));
+
+/** Of the reboots, what the resumes are compared with. */
+function fewReboots({ runs }: Settings): Omit<Step, 'kind'>[] {
+  const run = grid('lan', 'cache-lan');
+  const local = (scene: Scene, number: number) => startLocal(scene, { name: `local-${number}` });
+  return [
+    { subject: 'local', run: local, counted: true },
+    { subject: 'lan-cold', run, counted: false },
+    ...counted(Array.from({ length: Math.min(runs, 2) }, () => ({ subject: 'lan-warm', run }))),
+  ];
+}
+
+/** As the reboots: once in the table's order, rounds of local and warm ones, then cold ones with a recorded working set. */
+function resumesOf({ runs, coldRuns }: Settings, checkpoints: Checkpoints): Omit<Step, 'kind'>[] {
+  const over =
+    (link: string, cache: string, profile = false) =>
+    (scene: Scene) =>
+      resumeGrid(scene, checkpoints, { link, cache, profile });
+  const overEmpty =
+    (link: string, profile = false) =>
+    async (scene: Scene, number: number) => {
+      const cache = `cache-resume-${number}`;
+      try {
+        return await resumeGrid(scene, checkpoints, { link, cache, profile });
+      } finally {
+        await rm(path.join(scene.folder, cache), { recursive: true, force: true });
+      }
+    };
+  const local = {
+    subject: 'local',
+    run: (scene: Scene, number: number) => resumeLocal(scene, checkpoints, `resumed-${number}`),
+  };
+  const warm = (link: string) => ({ subject: `${link}-warm`, run: over(link, `cache-resumes-${link}`) });
+  const first = (link: string) => [
+    { subject: `${link}-cold`, run: over(link, `cache-resumes-${link}`), counted: true },
+    { ...warm(link), counted: false },
+  ];
+  const coldOnes = (profile: boolean) =>
+    ['lan', 'wan'].map((link) => ({
+      subject: `${link}-cold${profile ? '-profile' : ''}`,
+      run: overEmpty(link, profile),
+    }));
+  return [
+    { ...local, counted: false },
+    ...first('lan'),
+    ...first('wan'),
+    ...Array.from({ length: runs }, () => counted([local, warm('lan'), warm('wan')])).flat(),
+    { subject: 'lan-warm-recording', run: over('lan', 'cache-resumes-lan', true), counted: false },
+    ...Array.from({ length: coldRuns }, (_, round) =>
+      counted([...(round === 0 ? [] : coldOnes(false)), ...coldOnes(true)]),
+    ).flat(),
+  ];
+}
+
 /**
  * Once in the table's order, of which only the cold ones count; then rounds of the others, interleaved; then a start that
  * records the profile, and the cold ones again, with and without it.
  */
-function planOf({ runs, coldRuns, full, application }: Settings): Step[] {
+function rebootsOf({ runs, coldRuns, full, application }: Settings): Omit<Step, 'kind'>[] {
   const local = (scene: Scene, number: number) => startLocal(scene, { name: `local-${number}`, application });
   const warm = (link: string) => ({
     subject: `${link}-warm`,
     run: grid(link, `cache-${link}`, { application }),
   });
   const round = [{ subject: 'local', run: local }, warm('lan'), warm('wan')];
-  const first = (link: string): Step[] => [
+  const first = (link: string): Omit<Step, 'kind'>[] => [
     { subject: `${link}-cold`, run: grid(link, `cache-${link}`, { application }), counted: true },
     { ...warm(link), counted: false },
   ];
-  const counted = (steps: Omit<Step, 'counted'>[]): Step[] =>
-    steps.map((step) => ({ ...step, counted: true }));
-  const again = (coldRound: number): Step[] =>
+  const again = (coldRound: number): Omit<Step, 'kind'>[] =>
     counted([
       ...(coldRound === 0
         ? []
@@ -160,23 +225,24 @@ function planOf({ runs, coldRuns, full, application }: Settings): Step[] {
   ];
 }
 
-async function measure(scene: Scene, plan: readonly Step[]): Promise<Runs> {
-  const runs: Runs = new Map();
+async function measure(scene: Scene, plan: readonly Step[]): Promise<Record<Step['kind'], Runs>> {
+  const all = { reboot: new Map() as Runs, resume: new Map() as Runs };
   const startedMs = performance.now();
-  for (const [index, { subject, counted, run }] of plan.entries()) {
+  for (const [index, { kind, subject, counted: counts, run }] of plan.entries()) {
     scene.signal.throwIfAborted();
     const start = await run(scene, index);
-    if (counted) runs.set(subject, [...(runs.get(subject) ?? []), start]);
+    const runs = all[kind];
+    if (counts) runs.set(subject, [...(runs.get(subject) ?? []), start]);
     const fetched = start.grid === undefined ? '' : `, ${start.grid.fetchedChunks} chunks fetched`;
     const application =
       start.applicationSeconds === undefined ? '' : `, application ${start.applicationSeconds.toFixed(2)} s`;
     const leftSeconds = ((performance.now() - startedMs) / 1000 / (index + 1)) * (plan.length - index - 1);
     const left = leftSeconds < 90 ? `${Math.ceil(leftSeconds)} s` : `${Math.ceil(leftSeconds / 60)} min`;
     say(
-      `[${index + 1}/${plan.length}] ${subject.padEnd(18)} ${start.seconds.toFixed(2)} s${application}${fetched}${counted ? '' : ' (not counted)'}${leftSeconds > 0 ? `; about ${left} left` : ''}`,
+      `[${index + 1}/${plan.length}] ${`${kind} ${subject}`.padEnd(25)} ${start.seconds.toFixed(2)} s${application}${fetched}${counts ? '' : ' (not counted)'}${leftSeconds > 0 ? `; about ${left} left` : ''}`,
     );
   }
-  return runs;
+  return all;
 }
 
 async function main(): Promise<void> {
@@ -189,9 +255,18 @@ async function main(): Promise<void> {
   const { guest, emulator, links } = settings;
   const host = hostFacts(accelerator ?? 'tcg');
   const scene = await prepareScene(stack, { guest, emulator, links, signal });
-  const runs = await measure(scene, planOf(settings));
-  const rows = rowsOf(scene, runs);
-  const promises = promisesOf(rows);
+  const checkpoints =
+    DEMO || settings.only === 'reboot' ? undefined : await prepareCheckpoints(scene, links[0]!.name);
+  const reboots = settings.only === 'resume' ? fewReboots(settings) : rebootsOf(settings);
+  const { reboot, resume } = await measure(scene, [
+    ...reboots.map((step) => ({ ...step, kind: 'reboot' as const })),
+    ...(checkpoints === undefined ? [] : resumesOf(settings, checkpoints)).map((step) => ({
+      ...step,
+      kind: 'resume' as const,
+    })),
+  ]);
+  const rows = rowsOf(scene, reboot, resume);
+  const promises = promisesOf(rows, checkpoints?.memoryNonzeroBytes);
   printStarts(scene, rows, settings.asked);
   if (!DEMO) printPromises(promises);
   if (settings.json !== undefined) {
@@ -199,6 +274,7 @@ async function main(): Promise<void> {
       ...recordOf('instantiate', scene, settings.asked, host),
       rows,
       promises,
+      ...(checkpoints === undefined ? {} : { memoryNonzeroBytes: checkpoints.memoryNonzeroBytes }),
       heat: await heatOf(scene),
     });
   }

@@ -82,7 +82,7 @@ export function guestCacheFolder(): string {
  */
 const RECIPE_DIGESTS = Object.fromEntries(
   Object.keys(RECIPES).map((name) => {
-    const files = ['build', 'host', 'initramfs', name].map(
+    const files = ['answer', 'build', 'host', 'initramfs', name].map(
       (file) => file + path.extname(import.meta.filename),
     );
     const texts = files.map((file) => readFileSync(path.join(import.meta.dirname, file)));

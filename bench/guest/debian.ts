@@ -12,13 +12,17 @@ import path from 'node:path';
 import { GridError } from '../../src/core/errors.ts';
 import { GIB, MIB } from '../../src/core/limits.ts';
 import { isRoot } from '../../src/core/linux.ts';
+import { ANSWER, SEED } from './answer.ts';
 import type { Recipe } from './build.ts';
 import { EPOCH_SECONDS, makeDisk, run } from './host.ts';
 import { rootInitramfs } from './initramfs.ts';
 
 const SUITE = 'bookworm';
 const READY = 'guest-ready: debian';
-const PACKAGES = ['linux-image-cloud-amd64', 'systemd-sysv', 'dbus', 'openssh-server', 'busybox-static'];
+const PACKAGES = [
+  ...['linux-image-cloud-amd64', 'systemd-sysv', 'dbus', 'openssh-server', 'busybox-static'],
+  'qemu-guest-agent',
+];
 
 const FILES: Record<string, string> = {
   'etc/hostname': 'guest\n',
@@ -37,6 +41,28 @@ Conflicts=shutdown.target
 Type=oneshot
 ExecStart=/bin/sh -c 'echo "${READY}" > /dev/ttyS0'
 `,
+  'etc/systemd/system/answer.service': `[Unit]
+Description=Answer the host on ttyS1
+
+[Service]
+ExecStart=/bin/sh /usr/local/sbin/answer
+`,
+  'etc/systemd/system/seed.service': `[Unit]
+Description=Take host name and keys from a seed
+ConditionPathExistsGlob=/dev/vd[b-z]
+Before=ssh.service
+
+[Service]
+Type=oneshot
+ExecStart=/bin/sh /usr/local/sbin/seed
+`,
+  'usr/local/sbin/answer': ANSWER,
+  'usr/local/sbin/seed': `for disk in /dev/vd[b-z]; do
+  blkid -o value -s LABEL $disk | grep -qx cidata || continue
+  mount -t iso9660 -o ro $disk /mnt && sh /usr/local/sbin/take-seed; umount /mnt
+done
+`,
+  'usr/local/sbin/take-seed': SEED,
   'etc/systemd/system/serial-getty@ttyS0.service.d/autologin.conf': `[Service]
 ExecStart=
 ExecStart=-/sbin/agetty --autologin root --noclear --keep-baud 115200 %I vt102
@@ -57,6 +83,8 @@ fi
 
 /** Units started by a link in a folder NAME.wants. */
 const WANTED: Record<string, string> = {
+  'etc/systemd/system/multi-user.target.wants/answer.service': '/etc/systemd/system/answer.service',
+  'etc/systemd/system/multi-user.target.wants/seed.service': '/etc/systemd/system/seed.service',
   'etc/systemd/system/multi-user.target.wants/guest-ready.service': '/etc/systemd/system/guest-ready.service',
   'etc/systemd/system/multi-user.target.wants/systemd-networkd.service':
     '/lib/systemd/system/systemd-networkd.service',

@@ -2,12 +2,14 @@
  * The small guest: Debian's stock cloud kernel, busybox on an ext4 root on /dev/vda. Its init mounts nothing but
  * what it needs, starts a web server whose page lies on the disk, reads the page through it, appends a line to a
  * file and syncs it, and then says that it is ready. No padding: the modules it loads are the modules it has.
+ * It takes host name and keys from a seed (a disk with the label cidata), and answers on ttyS1 (src/agent/vm-answer.ts).
  * On ttyS0 is a root shell; `ping WORD` answers `pong WORD`. The power button (system_powerdown) shuts it down.
  */
 import { chmod, cp, mkdir, symlink, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import { GridError } from '../../src/core/errors.ts';
 import { MIB } from '../../src/core/limits.ts';
+import { ANSWER, SEED } from './answer.ts';
 import type { Recipe } from './build.ts';
 import { makeDisk, run, unpackPackages } from './host.ts';
 import { moduleChain, rootInitramfs } from './initramfs.ts';
@@ -16,6 +18,8 @@ const READY = 'guest-ready: small';
 
 /** Loaded from the disk once it is the root: the power button, and after the ready line entropy and network. */
 const BUTTON_MODULES = ['button', 'evdev'];
+/** For a seed. */
+const SEED_MODULES = ['isofs'];
 const LATER_MODULES = ['virtio_rng', 'virtio_net', 'af_packet'];
 
 const INITTAB = `::sysinit:/etc/init.d/rcS
@@ -32,6 +36,13 @@ load() { for module in $(cat $1); do insmod /lib/modules/$module 2>/dev/null; do
 load /etc/modules.button
 acpid
 ifconfig lo up
+/etc/answer.sh &
+for disk in /dev/vd[b-z]; do
+  # The volume's name, where ISO 9660 has it.
+  [ "$(dd if=$disk bs=1 skip=32808 count=6 2>/dev/null)" = cidata ] || continue
+  load /etc/modules.seed
+  mount -t iso9660 -o ro $disk /mnt && /etc/seed.sh && umount /mnt
+done
 httpd -h /srv/www
 page=$(wget -q -O - http://127.0.0.1/index.html)
 if [ "$page" = "$(cat /srv/www/index.html)" ] && [ -n "$page" ]; then
@@ -85,7 +96,7 @@ export const small: Recipe = {
     for (const name of ['bin', 'dev', 'etc/acpi/PWRF', 'etc/init.d', 'lib/modules', 'proc', 'root', 'run']) {
       await mkdir(path.join(root, name), { recursive: true });
     }
-    for (const name of ['sbin', 'srv/www', 'sys', 'tmp', 'usr', 'var/log']) {
+    for (const name of ['mnt', 'sbin', 'srv/www', 'sys', 'tmp', 'usr', 'var/log']) {
       await mkdir(path.join(root, name), { recursive: true });
     }
     await cp(busybox, path.join(root, 'bin/busybox'));
@@ -103,13 +114,16 @@ export const small: Recipe = {
       'etc/inittab': INITTAB,
       'etc/modules.button': await listOf(BUTTON_MODULES),
       'etc/modules.later': await listOf(LATER_MODULES),
+      'etc/modules.seed': await listOf(SEED_MODULES),
       'etc/profile': PROFILE,
       'etc/passwd': 'root::0:0:root:/root:/bin/sh\n',
       'etc/group': 'root:x:0:\n',
       'srv/www/index.html': 'This page is on the disk.\n',
     };
     const programs: Record<string, string> = {
+      'etc/answer.sh': ANSWER,
       'etc/init.d/rcS': START,
+      'etc/seed.sh': SEED,
       'etc/udhcpc.sh': NETWORK,
       'etc/acpi/PWRF/00000080': '#!/bin/sh\npoweroff\n',
     };

@@ -71,7 +71,8 @@ export async function prepareScene(stack: AsyncDisposableStack, options: SceneOp
     [
       ...['store', 'import', store, guest.disk, IMAGE, '--kernel', guest.kernel, '--initrd', guest.initrd],
       ...['--label', `boot.cmdline=${guest.commandLine}`, '--label', `boot.ready=${guest.readyText}`],
-      ...['--label', `machine.memory-mib=${Math.ceil(guest.memoryBytes / MIB)}`, '--json'],
+      ...['--label', `machine.memory-mib=${Math.ceil(guest.memoryBytes / MIB)}`],
+      ...['--label', 'boot.answers=ttyS1', '--json'],
     ],
     signal,
   );
@@ -100,7 +101,8 @@ export async function prepareScene(stack: AsyncDisposableStack, options: SceneOp
   const server = await network.atOrigin(() =>
     startService('src/main.ts', [
       ...['server', store, '--ssh', `${network.listen}:0`, '--authorized-keys', authorizedKeys],
-      ...['--host-key', path.join(folder, 'host_key'), '--json'],
+      // A checkpoint to resume from is made through the link.
+      ...['--host-key', path.join(folder, 'host_key'), '--accept-uploads', '--json'],
     ]),
   );
   stack.defer(() => server.stop());

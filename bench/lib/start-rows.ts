@@ -13,12 +13,9 @@ import type { Interval } from './statistics.ts';
 export type Runs = Map<string, Start[]>;
 
 /** Seconds on a dual Pentium 4 with a 1.3 GB image, 2003: the table that founded the field. */
-const FOUNDING: Record<string, number> = {
-  local: 48,
-  'lan-cold': 121,
-  'lan-warm': 52,
-  'wan-cold': 434,
-  'wan-warm': 56,
+const FOUNDING: Record<'reboot' | 'resume', Record<string, number>> = {
+  reboot: { local: 48, 'lan-cold': 121, 'lan-warm': 52, 'wan-cold': 434, 'wan-warm': 56 },
+  resume: { local: 4, 'lan-cold': 80, 'lan-warm': 7, 'wan-cold': 1386, 'wan-warm': 16 },
 };
 
 /** The table's order; what is not named here comes last. */
@@ -33,7 +30,7 @@ const ORDER = [
 ];
 
 export interface StartRow extends Row {
-  readonly case: 'reboot' | 'application' | 'full copy';
+  readonly case: 'reboot' | 'resume' | 'application' | 'full copy';
   readonly seconds: number;
   readonly unit: 's';
   readonly ratio: number;
@@ -88,8 +85,9 @@ function withFigures(starts: readonly Start[]) {
   };
 }
 
-export function rowsOf(scene: Scene, runs: Runs): StartRow[] {
-  const local = runs.get('local')!;
+/** Rows of starts that booted, and of starts that were resumed; either may be left out. */
+export function rowsOf(scene: Scene, runs: Runs, resumes: Runs = new Map()): StartRow[] {
+  const local = runs.get('local') ?? [];
   const guest = {
     name: scene.guest.name,
     sha256: scene.guest.sha256.disk,
@@ -122,24 +120,27 @@ export function rowsOf(scene: Scene, runs: Runs): StartRow[] {
     };
   };
   const rank = (subject: string) => (ORDER.indexOf(subject) + ORDER.length + 1) % (ORDER.length + 1);
-  const subjects = [...runs.keys()].toSorted((a, b) => rank(a) - rank(b));
-  const localSeconds = local.map((start) => start.seconds);
-  const reboots = subjects.map((subject) => {
-    const starts = runs.get(subject)!;
-    const founding = FOUNDING[subject];
-    return row(
-      /copy|full/.test(subject) ? 'full copy' : 'reboot',
-      subject,
-      starts.map((start) => start.seconds),
-      localSeconds,
-      {
-        ...withFigures(starts),
-        ...(founding === undefined
-          ? {}
-          : { founding: { seconds: founding, ratio: founding / FOUNDING['local']! } }),
-      },
-    );
-  });
+  const subjectsOf = (all: Runs) => [...all.keys()].toSorted((a, b) => rank(a) - rank(b));
+  const startRows = (kind: 'reboot' | 'resume', all: Runs) => {
+    const localSeconds = (all.get('local') ?? []).map((start) => start.seconds);
+    return subjectsOf(all).map((subject) => {
+      const starts = all.get(subject)!;
+      const founding = FOUNDING[kind][subject];
+      return row(
+        /copy|full/.test(subject) ? 'full copy' : kind,
+        subject,
+        starts.map((start) => start.seconds),
+        localSeconds,
+        {
+          ...withFigures(starts),
+          ...(founding === undefined
+            ? {}
+            : { founding: { seconds: founding, ratio: founding / FOUNDING[kind]['local']! } }),
+        },
+      );
+    });
+  };
+  const subjects = subjectsOf(runs);
   const applied = subjects.filter((subject) => runs.get(subject)![0]!.applicationSeconds !== undefined);
   const sums = new Set(applied.flatMap((subject) => runs.get(subject)!.map((start) => start.applicationSum)));
   if (sums.size > 1) throw new GridError('corrupt', 'the application read different bytes in different runs');
@@ -153,20 +154,37 @@ export function rowsOf(scene: Scene, runs: Runs): StartRow[] {
       {},
     ),
   );
-  return [...reboots, ...applications];
+  return [...startRows('reboot', runs), ...startRows('resume', resumes), ...applications];
 }
 
 /** What the README says of these rows. */
-export function promisesOf(rows: readonly StartRow[]): Promised[] {
+export function promisesOf(rows: readonly StartRow[], memoryNonzeroBytes?: number): Promised[] {
   const promises: Promised[] = [];
+  const find = (kind: StartRow['case'], subject: string) =>
+    rows.find((each) => each.case === kind && each.subject === subject);
   const add = (kind: StartRow['case'], subject: string, bound: number) => {
-    const row = rows.find((each) => each.case === kind && each.subject === subject);
+    const row = find(kind, subject);
     if (row) promises.push(promise(`${kind} ${subject} to local`, row.ratio, bound, row.ratioInterval));
   };
   for (const link of ['lan', 'wan']) add('reboot', `${link}-warm`, 1.03);
   add('reboot', 'lan-cold-profile', 1.1);
   add('reboot', 'wan-cold-profile', 1.15);
   for (const link of ['lan', 'wan']) add('application', `${link}-warm`, 1.04);
+  for (const link of ['lan', 'wan']) {
+    add('resume', `${link}-warm`, 1.05);
+    const [resume, reboot] = [find('resume', `${link}-warm`), find('reboot', `${link}-warm`)];
+    if (resume && reboot)
+      promises.push(
+        promise(`resume ${link}-warm to reboot ${link}-warm`, resume.seconds / reboot.seconds, 0.1),
+      );
+  }
+  add('resume', 'lan-cold', 1.5);
+  add('resume', 'wan-cold-profile', 3);
+  const cold = find('resume', 'wan-cold-profile') ?? find('resume', 'lan-cold');
+  if (cold && memoryNonzeroBytes !== undefined) {
+    const share = cold.plainBytesFetched / memoryNonzeroBytes;
+    promises.push(promise(`resume ${cold.subject}: bytes fetched to nonzero bytes of memory`, share, 0.4));
+  }
   return promises;
 }
 
@@ -207,6 +225,17 @@ export function printStarts(
       of('reboot').map((row) => [...cells(row), dash(row.founding?.ratio, seconds), ...costs(row)]),
     ),
   ];
+  if (of('resume').length > 0) {
+    sections.push(
+      table(
+        [
+          ...['RESUME FROM', ...head, '2003'],
+          ...['OVER THE LINK', 'ROUND TRIPS', 'HIT RATE', 'PROXY CPU', 'SERVER CPU', 'PAGE CACHE'],
+        ],
+        of('resume').map((row) => [...cells(row), dash(row.founding?.ratio, seconds), ...costs(row)]),
+      ),
+    );
+  }
   if (of('application').length > 0) {
     sections.push(
       table(

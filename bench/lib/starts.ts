@@ -185,6 +185,26 @@ export async function mountProxy(
   };
 }
 
+/** What a proxy did since it was mounted. */
+export async function gridFigures(
+  client: ControlClient,
+  scene: Scene,
+  since: { pid: number; mountSeconds: number; cpu: { proxy: number; server: number } },
+): Promise<GridFigures> {
+  const { cache, sources } = await client.call<ProxyStatus>('GET', '/v1/status');
+  return {
+    mountSeconds: since.mountSeconds,
+    fetchedChunks: cache.fetchedChunks,
+    fetchedPlainBytes: cache.fetchedPlainBytes,
+    fetchedStoredBytes: cache.fetchedStoredBytes,
+    missedChunks: cache.missedChunks,
+    touchedChunks: cache.images.reduce((sum, image) => sum + image.touchedChunks, 0),
+    roundTrips: sources.reduce((sum, source) => sum + (source.roundTrips ?? 0), 0),
+    proxyCpuSeconds: cpuSecondsOf(since.pid) - since.cpu.proxy,
+    serverCpuSeconds: cpuSecondsOf(scene.serverPid) - since.cpu.server,
+  };
+}
+
 /** A start through the whole chain. */
 export async function startGrid(scene: Scene, options: GridOptions): Promise<Start> {
   const { signal } = scene;
@@ -206,9 +226,7 @@ export async function startGrid(scene: Scene, options: GridOptions): Promise<Sta
   );
   const seconds = (performance.now() - startedMs) / 1000;
   const carried = await watch?.end();
-  const { cache, sources } = await client.call<ProxyStatus>('GET', '/v1/status');
-  const proxyCpuSeconds = cpuSecondsOf(pid) - cpuBefore.proxy;
-  const serverCpuSeconds = cpuSecondsOf(scene.serverPid) - cpuBefore.server;
+  const figures = await gridFigures(client, scene, { pid, mountSeconds, cpu: cpuBefore });
   const application = options.application ? await runApplication(scene, vm.consoleSocket) : undefined;
   const filled = clone && (await whenFilled(client, clone.id, signal));
   const filledSeconds = filled && (performance.now() - startedMs) / 1000;
@@ -225,18 +243,7 @@ export async function startGrid(scene: Scene, options: GridOptions): Promise<Sta
     },
     ...application,
     ...carried,
-    grid: {
-      mountSeconds,
-      fetchedChunks: cache.fetchedChunks,
-      fetchedPlainBytes: cache.fetchedPlainBytes,
-      fetchedStoredBytes: cache.fetchedStoredBytes,
-      missedChunks: cache.missedChunks,
-      touchedChunks: cache.images.reduce((sum, image) => sum + image.touchedChunks, 0),
-      roundTrips: sources.reduce((sum, source) => sum + (source.roundTrips ?? 0), 0),
-      proxyCpuSeconds,
-      serverCpuSeconds,
-      ...(filledSeconds === undefined ? {} : { filledSeconds }),
-    },
+    grid: { ...figures, ...(filledSeconds === undefined ? {} : { filledSeconds }) },
   };
 }
 
@@ -264,7 +271,7 @@ async function runApplication(scene: Scene, consoleSocket: string) {
 }
 
 /** Samples what the link carries, from now on until its end. */
-async function watchLink(scene: Scene, link: string | undefined) {
+export async function watchLink(scene: Scene, link: string | undefined) {
   if (link === undefined) return undefined;
   const carried = async () => (await scene.network.carried(link)).toHostsBytes;
   const before = await carried();

@@ -20,7 +20,7 @@ import { parseArgs } from 'node:util';
 import { GridError } from '../../src/core/errors.ts';
 import { createQemu } from '../../src/vmm/index.ts';
 import { CONSOLE_LOG, qemuArguments } from '../../src/vmm/qemu/command-line.ts';
-import { ConsoleWatch, lastWords } from '../../src/vmm/qemu/console.ts';
+import { ConsoleWatch, lastWords } from '../../src/vmm/console.ts';
 import { buildGuest, guestCacheFolder } from '../guest/build.ts';
 import type { BuiltGuest, GuestName } from '../guest/build.ts';
 import { hostFacts } from '../lib/facts.ts';

@@ -27,6 +27,8 @@ export interface CheckpointFacts {
   readonly compatibility: MachineCompatibility;
   /** The base image of the disk. */
   readonly base: Digest;
+  /** What the guest's memory holds and nothing else does (vm-answer.ts); of a guest that answers. */
+  readonly nonce?: string;
   /** Of a suspended VM: what it is on this host. */
   readonly local?: {
     readonly vm: VmRecord;

@@ -12,10 +12,12 @@
  */
 import { mkdir, open, readdir, readFile, rename, rm } from 'node:fs/promises';
 import path from 'node:path';
+import { sha256 } from '../core/bytes.ts';
 import type { Digest } from '../core/bytes.ts';
 import { asGridError, GridError } from '../core/errors.ts';
 import type { MachineDescription, Vmm } from '../core/machine.ts';
 import { isName } from '../core/manifest.ts';
+import { baseLabels } from './base-checkpoints.ts';
 import { encodeCheckpoint, parseCheckpoint } from './checkpoint-file.ts';
 import type { Checkpoint, CheckpointFacts } from './checkpoint-file.ts';
 import type { CloneDisk } from './clone-parts.ts';
@@ -24,10 +26,15 @@ import type { CloneRecord } from './clone-record.ts';
 import type { Clones } from './clones.ts';
 import { resumeMachine } from './forks.ts';
 
-import type { MachineCatalog, Machines } from './machines.ts';
+import type { MachineCatalog } from './machine-parts.ts';
+import type { Machines } from './machines.ts';
 import { contentSeal, quickSeal } from './seals.ts';
-import { checkedVmRecord } from './vm-record.ts';
-import type { VmMemory, VmRecord, VmStatus } from './vm-record.ts';
+import { checkedVmRecord, disksOf } from './vm-record.ts';
+import { askGuest, newNonce } from './vm-answer.ts';
+import type { Vm, VmMemory, VmRecord, VmStatus } from './vm-record.ts';
+
+/** A guest that does not say a word in this time is suspended without one. */
+const ANSWER_MS = 5_000;
 
 /** Makes versions in a store; given by whoever wires the agent. */
 export interface CheckpointWork {
@@ -39,6 +46,7 @@ export interface CheckpointWork {
     readonly memory: CloneDisk;
     readonly memoryRecord: CloneRecord;
     readonly state: Buffer;
+    readonly labels: Readonly<Record<string, string>>;
   }): Promise<PublishedCheckpoint>;
 }
 
@@ -151,6 +159,7 @@ export class Checkpoints {
     let memoryClone: string | undefined;
     try {
       memoryClone = record.memory?.own ?? (await this.#makeMemoryClone(record, vm.machine.description));
+      const nonce = await this.#leaveNonce(vm);
       const startMs = performance.now();
       const memory = this.#catalog.diskOf(memoryClone);
       const { compatibility, memoryWrittenBytes } = await vm.machine.capture({ memory, deviceState: state });
@@ -158,6 +167,7 @@ export class Checkpoints {
         description: vm.machine.description,
         compatibility,
         base: this.#clones.get(record.clone).base,
+        ...(nonce === undefined ? {} : { nonce }),
         local: { vm: record, memoryClone },
       };
       const checkpoint: LocalCheckpoint = { facts, deviceState: await readFile(state) };
@@ -185,6 +195,19 @@ export class Checkpoints {
       delete vm.busy;
       await rm(state, { force: true });
     }
+  }
+
+  /** Has the guest keep something by which it is known when it goes on; undefined for one that does not answer. */
+  async #leaveNonce({ record, machine }: Vm): Promise<string | undefined> {
+    if (record.answers !== true) return undefined;
+    const nonce = newNonce();
+    try {
+      if ((await askGuest(machine, { event: 'suspend', nonce }, ANSWER_MS)) === nonce) return nonce;
+      this.#log(`the guest of VM ${record.id} did not take its nonce`);
+    } catch (error) {
+      this.#log(`VM ${record.id}: ${String(error)}`);
+    }
+    return undefined;
   }
 
   /** Where the memory of a VM that has none on disk yet will be: over the image it was resumed from, or over zeros. */
@@ -234,6 +257,8 @@ export class Checkpoints {
         discards: vm.discards,
         ...(vm.readyText === undefined ? {} : { readyText: vm.readyText }),
         memory,
+        ...(facts.nonce === undefined ? {} : { nonce: facts.nonce }),
+        ...(vm.volumes === undefined ? {} : { volumes: vm.volumes }),
         requestedAtMs,
         clonedMs: performance.now() - requestedAtMs,
         opens: [this.#clones.get(memory.clone!).base, facts.base],
@@ -269,6 +294,7 @@ export class Checkpoints {
       const { vm, memoryClone } = checkpoint.facts.local;
       await this.#clones.discard(memoryClone);
       if (vm.discards) await this.#clones.discard(vm.clone);
+      for (const volume of vm.volumes ?? []) if (volume.discards) await this.#clones.discard(volume.clone);
     });
   }
 
@@ -276,8 +302,20 @@ export class Checkpoints {
    * Makes `reference` in the store from a VM: a running one is suspended for it, and resumed. Throws what suspend,
    * resume and the store throw; the VM is then as it was, or suspended.
    */
-  async publish(id: string, reference: string): Promise<PublishedCheckpoint & { readonly id: string }> {
+  async publish(
+    id: string,
+    reference: string,
+    isBase = false,
+  ): Promise<PublishedCheckpoint & { readonly id: string }> {
     const ran = this.#machines.has(id);
+    const volumes = ran ? this.#machines.find(id).record.volumes : this.#find(id).facts.local.vm.volumes;
+    if (volumes !== undefined && volumes.length > 0) {
+      const names = volumes.map(({ name }) => name).join(', ');
+      throw new GridError(
+        'bad-request',
+        `VM '${id}' has volumes (${names}), which no checkpoint holds; detach them`,
+      );
+    }
     if (ran) await this.suspend(id);
     const checkpoint = this.#find(id);
     try {
@@ -296,6 +334,7 @@ export class Checkpoints {
                 memory,
                 memoryRecord,
                 state: encodeCheckpoint({ facts: shared, deviceState }),
+                labels: isBase ? baseLabels(facts) : {},
               }),
             ),
           );
@@ -319,8 +358,10 @@ export class Checkpoints {
       created: vm.created,
       accelerator: facts.compatibility.accelerator,
       resumed: true,
+      answers: facts.nonce !== undefined,
       consoleSocket: '',
       consoleLog: '',
+      volumes: vm.volumes ?? [],
       timeline: { clonedMs: vm.clonedMs },
     };
   }
@@ -363,22 +404,35 @@ export class Checkpoints {
   async #sealsOf({ facts: { local } }: LocalCheckpoint) {
     // Nobody has them open any more when this succeeds.
     const closed = (clone: string) => this.#clones.exclusive(clone, 'sealed', async () => undefined);
-    await Promise.all([closed(local.vm.clone), closed(local.memoryClone)]);
+    await Promise.all([...disksOf(local.vm), local.memoryClone].map(closed));
     return {
-      diskSeal: await quickSeal(this.#clones.layersOf(local.vm.clone)),
+      diskSeal: await this.#diskSeal(local.vm),
       memorySeal: await contentSeal(this.#clones.layersOf(local.memoryClone)),
     };
   }
 
+  /** Of all its disks. */
+  async #diskSeal(vm: VmRecord): Promise<string> {
+    const seals = await Promise.all(disksOf(vm).map((clone) => quickSeal(this.#clones.layersOf(clone))));
+    return seals.length === 1 ? seals[0]! : sha256(Buffer.from(seals.join('\n')));
+  }
+
   async #checkSeals(id: string, checkpoint: LocalCheckpoint): Promise<void> {
     const { diskSeal, memorySeal, vm, memoryClone } = checkpoint.facts.local;
+    const { base } = this.#clones.get(vm.clone);
+    if (base !== checkpoint.facts.base) {
+      throw new GridError(
+        'wrong-base',
+        `VM '${id}' cannot be resumed: its disk, clone '${vm.clone}', has the base ${base.slice(0, 12)}, not ${checkpoint.facts.base.slice(0, 12)}`,
+      );
+    }
     // The daemon was killed before the machine had ended; nothing has run since.
     if (diskSeal === undefined || memorySeal === undefined) return;
-    const disk = await quickSeal(this.#clones.layersOf(vm.clone));
+    const disk = await this.#diskSeal(vm);
     if (disk !== diskSeal) {
       throw new GridError(
         'wrong-base',
-        `VM '${id}' cannot be resumed: its disk, clone '${vm.clone}', is not as it was (${disk.slice(0, 12)}, not ${diskSeal.slice(0, 12)})`,
+        `VM '${id}' cannot be resumed: its disk, clone '${disksOf(vm).join("' or '")}', is not as it was (${disk.slice(0, 12)}, not ${diskSeal.slice(0, 12)})`,
       );
     }
     const memory = await contentSeal(this.#clones.layersOf(memoryClone));
@@ -420,5 +474,5 @@ function parseLocal(bytes: Buffer, id: string): LocalCheckpoint {
 }
 
 function heldBy({ facts: { local } }: LocalCheckpoint): string[] {
-  return [local.vm.clone, local.memoryClone];
+  return [...disksOf(local.vm), local.memoryClone];
 }

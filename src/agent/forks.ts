@@ -2,17 +2,18 @@
  * VMs that go on from a checkpoint in the store, each as a machine of its own: a disk clone each over the checkpoint's
  * disk, and its one memory image, which all of them have mapped privately and so share as long as they do not write.
  */
-import { closeSync, openSync } from 'node:fs';
 import { open, rm } from 'node:fs/promises';
-import net from 'node:net';
 import path from 'node:path';
 import { GridError } from '../core/errors.ts';
 import type { Machine, MachineDescription, Vmm } from '../core/machine.ts';
+import { findBase } from './base-checkpoints.ts';
+import type { BaseRequest } from './base-checkpoints.ts';
 import { CHECKPOINT_FILE_BYTES_MAX, parseCheckpoint } from './checkpoint-file.ts';
 import type { Checkpoint } from './checkpoint-file.ts';
 import type { Clones } from './clones.ts';
-import { newIdentity, relocated } from './machine-description.ts';
-import type { MachineCatalog, Machines } from './machines.ts';
+import { relocated, renamed } from './machine-description.ts';
+import type { MachineCatalog } from './machine-parts.ts';
+import type { Machines } from './machines.ts';
 import type { VmStatus } from './vm-record.ts';
 
 /** Parts of a checkpoint's manifest, beside the memory that it is of. */
@@ -32,9 +33,15 @@ export class Forks {
     this.#catalog = parts.catalog;
   }
 
-  /** A VM that goes on from a checkpoint in the store, as another machine than any other that does. Throws bad-request
-   * (no checkpoint), bad-format, corrupt, unsupported (made for another machine), vm-failed. */
-  async run(reference: string, name: string | undefined): Promise<VmStatus> {
+  /** The checkpoint from which such a VM need not boot. Throws not-found, saying why there is none. */
+  findBase(request: BaseRequest): Promise<string> {
+    return findBase(this.#catalog, request);
+  }
+
+  /** A VM that goes on from a checkpoint in the store: as another machine than any other that does, or as the `same`
+   * one, for a VM that has ended elsewhere. Throws bad-request (no checkpoint), bad-format, corrupt, unsupported (made for
+   * another machine), vm-failed. */
+  async run(reference: string, name: string | undefined, same = false): Promise<VmStatus> {
     const requestedAtMs = performance.now();
     const { digest, manifest, folder: imageFolder } = await this.#catalog.resolve(reference);
     const { [PART_DISK]: diskDigest, [PART_STATE]: stateDigest } = manifest.parts;
@@ -64,11 +71,8 @@ export class Forks {
         name: `${id}-disk`,
         vm: id,
       }));
-      const description = {
-        ...relocated(facts.description, this.#catalog.diskOf(clone)),
-        name: id,
-        ...newIdentity(),
-      };
+      const here = relocated(facts.description, this.#catalog.diskOf(clone));
+      const description = same ? here : renamed(here, id);
       const file = path.join(imageFolder, 'memory.raw');
       return await this.#machines.launch({
         id,
@@ -77,6 +81,8 @@ export class Forks {
         discards: true,
         ...(description.readyText === undefined ? {} : { readyText: description.readyText }),
         memory: { file, image: digest },
+        ...(same ? { same } : {}),
+        ...(facts.nonce === undefined ? {} : { nonce: facts.nonce }),
         requestedAtMs,
         clonedMs: performance.now() - requestedAtMs,
         opens: [digest, diskDigest],
@@ -90,7 +96,6 @@ export class Forks {
             );
           }
           await machine.proceed();
-          tellIdentity(machine, description);
         },
       });
     } catch (error) {
@@ -99,23 +104,6 @@ export class Forks {
       throw error;
     }
   }
-}
-
-/**
- * Tells a fork's guest who it is, in one line of JSON on its second serial port (ttyS1), where a program of the guest may
- * wait for it: { "event": "fork", "name", "instanceId", "macAddress" }. Nobody has to: the line stays in the port's
- * buffer. That its vmgenid changed the guest's kernel knows by itself.
- */
-function tellIdentity(machine: Machine, { name, macAddress, generationId }: MachineDescription): void {
-  const line = JSON.stringify({ event: 'fork', name, instanceId: `${name}-${generationId}`, macAddress });
-  const folder = openSync(path.dirname(machine.identitySocket), 'r');
-  // A socket's path may be longer than an address holds: see its folder's descriptor.
-  const socket = net.connect(`/proc/self/fd/${folder}/${path.basename(machine.identitySocket)}`);
-  socket.unref();
-  socket.once('connect', () => socket.end(line + '\n'));
-  // The machine may be gone again, and has no name to be told then.
-  socket.on('error', () => socket.destroy());
-  socket.once('close', () => closeSync(folder));
 }
 
 /** A machine as the checkpoint has it, paused; `description` may say that it is another one now. */

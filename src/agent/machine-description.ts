@@ -2,7 +2,7 @@
 import { randomBytes, randomUUID } from 'node:crypto';
 import path from 'node:path';
 import { MIB } from '../core/limits.ts';
-import type { MachineDescription } from '../core/machine.ts';
+import type { MachineDescription, MachineSeed } from '../core/machine.ts';
 import type { Manifest } from '../core/manifest.ts';
 import type { RunRequest } from './vm-record.ts';
 
@@ -10,6 +10,14 @@ import type { RunRequest } from './vm-record.ts';
 export const LABEL_COMMAND_LINE = 'boot.cmdline';
 export const LABEL_READY_TEXT = 'boot.ready';
 export const LABEL_MEMORY_MIB = 'machine.memory-mib';
+/** 'nocloud': the guest looks for a seed. */
+export const LABEL_SEED = 'boot.seed';
+/** 'qemu': the QEMU guest agent runs in it. */
+export const LABEL_AGENT = 'boot.agent';
+/** 'ttyS1': a program of the guest answers there (vm-answer.ts). */
+export const LABEL_ANSWERS = 'boot.answers';
+/** 'uefi', else a BIOS. */
+export const LABEL_FIRMWARE = 'boot.firmware';
 const MEMORY_BYTES_DEFAULT = 512 * MIB;
 
 /** What makes one machine another than the machine it is a copy of. */
@@ -18,6 +26,40 @@ export function newIdentity(): { macAddress: string; generationId: string } {
   return {
     macAddress: `52:54:00:${mac.toString('hex').replaceAll(/(..)(?=.)/g, '$1:')}`,
     generationId: randomUUID(),
+  };
+}
+
+function wantsSeed({ sshKeys, hostName, userData }: RunRequest, labels: Manifest['labels']): boolean {
+  return labels[LABEL_SEED] === 'nocloud' || [sshKeys, hostName, userData].some((one) => one !== undefined);
+}
+
+function seedOf(
+  { sshKeys = [], hostName, userData }: RunRequest,
+  { name, generationId }: { name: string; generationId: string },
+): MachineSeed {
+  return {
+    instanceId: instanceIdOf(name, generationId),
+    hostName: hostName ?? name,
+    sshKeys,
+    ...(userData === undefined ? {} : { userData }),
+  };
+}
+
+/** What cloud-init tells by that it is on another machine than before. */
+export function instanceIdOf(name: string, generationId: string | undefined): string {
+  return `${name}-${generationId}`;
+}
+
+/** The same machine as another one of its own. */
+export function renamed(description: MachineDescription, name: string): MachineDescription {
+  const identity = newIdentity();
+  const { seed } = description;
+  const instanceId = instanceIdOf(name, identity.generationId);
+  return {
+    ...description,
+    name,
+    ...identity,
+    ...(seed === undefined ? {} : { seed: { ...seed, instanceId, hostName: name } }),
   };
 }
 
@@ -39,7 +81,23 @@ export function describeMachine(
     ...newIdentity(),
     network: request.network ?? ('user' as const),
     ...(readyText === undefined ? {} : { readyText }),
+    ...(request.limits === undefined ? {} : { limits: request.limits }),
+    ...(labels[LABEL_AGENT] === 'qemu' ? { guestAgent: true } : {}),
+    ...(labels[LABEL_FIRMWARE] === 'uefi' ? { firmware: 'uefi' as const } : {}),
   };
+  const made = wantsSeed(request, labels)
+    ? { ...description, seed: seedOf(request, description) }
+    : description;
+  return withBoot(made, request, labels, parts, partsFolder);
+}
+
+function withBoot(
+  description: MachineDescription,
+  request: RunRequest,
+  labels: Manifest['labels'],
+  parts: Manifest['parts'],
+  partsFolder: string,
+): MachineDescription {
   if (!('kernel' in parts)) return description;
   return { ...description, boot: bootOf(parts, partsFolder, commandLineOf(request, labels)) };
 }

@@ -8,20 +8,37 @@
  *   POST /v1/vms/:id/stop           { graceMs? } a suspended one is thrown away
  *   POST /v1/vms/:id/suspend        {}
  *   POST /v1/vms/:id/resume         {}
- *   POST /v1/vms/:id/checkpoint     { reference } a version in the store behind the proxy
- *   POST /v1/vms/resume             { checkpoint, name? } a VM that goes on from a checkpoint in the store
+ *   POST /v1/vms/:id/attach         AttachRequest
+ *   POST /v1/vms/:id/detach         { name, timeoutMs? }
+ *   POST /v1/vms/:id/limits         IoLimits; what is left out has no bound
+ *   POST /v1/vms/:id/checkpoint     { reference, base? } a version in the store behind the proxy; `base`: of its image
+ *   POST /v1/vms/resume             { checkpoint, name?, same? } a VM that goes on from a checkpoint in the store
+ *   POST /v1/base-checkpoint        BaseRequest → { checkpoint } from which such a VM need not boot
  */
 import type { FastifyInstance } from 'fastify';
-import { CHUNK_BYTES_MIN, LABEL_LENGTH_MAX, MIB } from '../core/limits.ts';
+import { CHUNK_BYTES_MIN, KIB, LABEL_LENGTH_MAX, MIB } from '../core/limits.ts';
+import type { IoLimits } from '../core/machine.ts';
+import type { BaseRequest } from './base-checkpoints.ts';
 import type { Checkpoints } from './checkpoints.ts';
 import type { Forks } from './forks.ts';
 import type { Machines } from './machines.ts';
 import { body, name, params, reference } from './schemas.ts';
-import type { RunRequest } from './vm-record.ts';
+import type { RunRequest, VmStatus } from './vm-record.ts';
+import type { Spending, VmSpending } from './vm-spending.ts';
+import { DETACH_TIMEOUT_MS } from './vm-volumes.ts';
+import type { AttachRequest, Volumes } from './vm-volumes.ts';
 
 const VCPUS_MAX = 256;
 const MEMORY_BYTES_MAX = 16 * 1024 * 1024 * MIB;
 const TIMEOUT_MS_MAX = 3_600_000;
+const memoryBytes = { type: 'integer', minimum: CHUNK_BYTES_MIN, maximum: MEMORY_BYTES_MAX };
+const vcpus = { type: 'integer', minimum: 1, maximum: VCPUS_MAX };
+const SSH_KEYS_MAX = 64;
+const SSH_KEY_LENGTH_MAX = 16 * KIB;
+/** A host's name in the sense of RFC 1123, with its dots. */
+const hostName = { type: 'string', pattern: '^[a-zA-Z0-9]([a-zA-Z0-9.-]*[a-zA-Z0-9])?$', maxLength: 253 };
+const positive = { type: 'integer', minimum: 1, maximum: Number.MAX_SAFE_INTEGER };
+const limits = body({ bytesPerSecond: positive, operationsPerSecond: positive });
 
 interface Id {
   Params: { id: string };
@@ -32,10 +49,19 @@ export interface MachineParts {
   readonly machines: Machines;
   readonly checkpoints: Checkpoints;
   readonly forks: Forks;
+  readonly volumes: Volumes;
+  readonly spending: Spending;
 }
 
-export function serveMachines(app: FastifyInstance, { machines, checkpoints, forks }: MachineParts): void {
-  app.get('/v1/vms', async () => [...machines.list(), ...checkpoints.list()]);
+export function serveMachines(
+  app: FastifyInstance,
+  { machines, checkpoints, forks, volumes, spending }: MachineParts,
+): void {
+  const withSpending = async (vm: VmStatus): Promise<VmStatus & { readonly spent?: VmSpending }> => {
+    const spent = (await spending.all()).get(vm.id);
+    return spent === undefined ? vm : { ...vm, spent };
+  };
+  app.get('/v1/vms', () => Promise.all([...machines.list(), ...checkpoints.list()].map(withSpending)));
   app.post<{ Body: RunRequest }>(
     '/v1/vms',
     {
@@ -44,9 +70,22 @@ export function serveMachines(app: FastifyInstance, { machines, checkpoints, for
           image: reference,
           clone: name,
           name,
-          memoryBytes: { type: 'integer', minimum: CHUNK_BYTES_MIN, maximum: MEMORY_BYTES_MAX },
-          vcpus: { type: 'integer', minimum: 1, maximum: VCPUS_MAX },
-          network: { enum: ['user', 'none'] },
+          memoryBytes,
+          vcpus,
+          network: {
+            anyOf: [
+              { enum: ['user', 'none'] },
+              body({ bridge: { type: 'string', minLength: 1, maxLength: 15 } }, ['bridge']),
+            ],
+          },
+          limits,
+          sshKeys: {
+            type: 'array',
+            maxItems: SSH_KEYS_MAX,
+            items: { type: 'string', pattern: '^[^\\r\\n]+$', maxLength: SSH_KEY_LENGTH_MAX },
+          },
+          hostName,
+          userData: { type: 'string', maxLength: 256 * KIB },
           commandLine: { type: 'string', maxLength: LABEL_LENGTH_MAX },
           readyText: { type: 'string', minLength: 1, maxLength: LABEL_LENGTH_MAX },
         }),
@@ -54,13 +93,18 @@ export function serveMachines(app: FastifyInstance, { machines, checkpoints, for
     },
     (request) => machines.run(request.body),
   );
-  app.post<{ Body: { checkpoint: string; name?: string } }>(
+  app.post<{ Body: { checkpoint: string; name?: string; same?: boolean } }>(
     '/v1/vms/resume',
-    { schema: { body: body({ checkpoint: reference, name }, ['checkpoint']) } },
-    (request) => forks.run(request.body.checkpoint, request.body.name),
+    { schema: { body: body({ checkpoint: reference, name, same: { type: 'boolean' } }, ['checkpoint']) } },
+    ({ body: { checkpoint, name: vm, same } }) => forks.run(checkpoint, vm, same),
+  );
+  app.post<{ Body: BaseRequest }>(
+    '/v1/base-checkpoint',
+    { schema: { body: body({ image: reference, memoryBytes, vcpus }, ['image']) } },
+    async (request) => ({ checkpoint: await forks.findBase(request.body) }),
   );
   app.get<Id>('/v1/vms/:id', { schema: { params } }, async ({ params: { id } }) =>
-    checkpoints.has(id) ? checkpoints.status(id) : machines.status(id),
+    withSpending(checkpoints.has(id) ? checkpoints.status(id) : machines.status(id)),
   );
   app.get<Id & { Querystring: { timeoutMs: number } }>(
     '/v1/vms/:id/ready',
@@ -91,9 +135,33 @@ export function serveMachines(app: FastifyInstance, { machines, checkpoints, for
   app.post<Id>('/v1/vms/:id/resume', { schema: { params, body: body({}) } }, (request) =>
     checkpoints.resume(request.params.id),
   );
-  app.post<Id & { Body: { reference: string } }>(
+  app.post<Id & { Body: AttachRequest }>(
+    '/v1/vms/:id/attach',
+    {
+      schema: {
+        params,
+        body: body({ image: reference, clone: name, name, readOnly: { type: 'boolean' } }),
+      },
+    },
+    (request) => volumes.attach(request.params.id, request.body),
+  );
+  app.post<Id & { Body: { name: string; timeoutMs?: number } }>(
+    '/v1/vms/:id/detach',
+    {
+      schema: {
+        params,
+        body: body({ name, timeoutMs: { type: 'integer', minimum: 1, maximum: TIMEOUT_MS_MAX } }, ['name']),
+      },
+    },
+    ({ params: { id }, body: { name: volume, timeoutMs = DETACH_TIMEOUT_MS } }) =>
+      volumes.detach(id, volume, timeoutMs),
+  );
+  app.post<Id & { Body: IoLimits }>('/v1/vms/:id/limits', { schema: { params, body: limits } }, (request) =>
+    machines.setLimits(request.params.id, request.body),
+  );
+  app.post<Id & { Body: { reference: string; base?: boolean } }>(
     '/v1/vms/:id/checkpoint',
-    { schema: { params, body: body({ reference }, ['reference']) } },
-    (request) => checkpoints.publish(request.params.id, request.body.reference),
+    { schema: { params, body: body({ reference, base: { type: 'boolean' } }, ['reference']) } },
+    ({ params: { id }, body: { reference: to, base } }) => checkpoints.publish(id, to, base),
   );
 }

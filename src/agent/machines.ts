@@ -9,16 +9,16 @@ import { randomBytes } from 'node:crypto';
 import { mkdir, readdir, rm } from 'node:fs/promises';
 import path from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
-import type { Digest } from '../core/bytes.ts';
 import { GridError } from '../core/errors.ts';
 import { NAME_LENGTH_MAX } from '../core/limits.ts';
-import type { Machine, MachineStatus, Vmm } from '../core/machine.ts';
-import type { Manifest } from '../core/manifest.ts';
+import type { IoLimits, Machine, MachineStatus, Vmm } from '../core/machine.ts';
 import type { Clones } from './clones.ts';
-import { describeMachine } from './machine-description.ts';
+import { describeMachine, LABEL_ANSWERS } from './machine-description.ts';
+import type { Launch, MachineCatalog, MachineGroups } from './machine-parts.ts';
 import type { Start, Starts } from './starts.ts';
-import { readVmRecord, statusOf, writeVmRecord } from './vm-record.ts';
-import type { RunRequest, Vm, VmMemory, VmRecord, VmStatus } from './vm-record.ts';
+import { askGuest, forkQuestion, tellGuest } from './vm-answer.ts';
+import { disksOf, readVmRecord, statusOf, writeVmRecord } from './vm-record.ts';
+import type { RunRequest, Vm, VmRecord, VmStatus } from './vm-record.ts';
 
 const STOP_GRACE_MS = 15_000;
 const FAILED_KEPT_MAX = 20;
@@ -33,40 +33,13 @@ const START_MS_MAX = 120_000;
 const START_TAIL_MS = 3_000;
 const RESUME_MS = 10_000;
 
-/** What the machines need to know of images; given by whoever wires the agent. */
-export interface MachineCatalog {
-  resolve(reference: string): Promise<{ digest: Digest; manifest: Manifest; folder: string }>;
-  manifestOf(digest: Digest): Promise<{ manifest: Manifest; folder: string | undefined }>;
-  /** The first `lengthBytes` of an image's content. */
-  read(digest: Digest, lengthBytes: number): Promise<Buffer>;
-  /** Where a clone's disk is on the mount. */
-  diskOf(cloneId: string): string;
-}
-
-/** A VM that is about to run. */
-export interface Launch {
-  readonly id: string;
-  readonly image: string;
-  readonly clone: string;
-  readonly discards: boolean;
-  readonly readyText?: string;
-  readonly memory?: VmMemory;
-  readonly requestedAtMs: number;
-  readonly clonedMs: number;
-  /** Images that it opens, those it needs first in front. */
-  readonly opens: readonly Digest[];
-  /** Makes the machine: booting, or paused and then let go by `proceed`. */
-  begin(folder: string): Promise<Machine>;
-  /** Called when the VM is on record and paused: from here on its guest runs. */
-  proceed?(machine: Machine): Promise<void>;
-}
-
 export class Machines {
   readonly #vmm: Vmm;
   readonly #folder: string;
   readonly #clones: Clones;
   readonly #catalog: MachineCatalog;
   readonly #starts: Starts | undefined;
+  readonly #groups: MachineGroups | undefined;
   readonly #log: (line: string) => void;
   readonly #vms = new Map<string, Vm>();
   /** Of VMs that are starting, running or ending. */
@@ -86,6 +59,7 @@ export class Machines {
     catalog: MachineCatalog;
     /** Hears of starts; none when left out. */
     starts?: Starts;
+    groups?: MachineGroups;
     /** The mount outlived the last daemon, so its VMs still have their disks. */
     takeover?: boolean;
     log: (line: string) => void;
@@ -95,6 +69,7 @@ export class Machines {
     this.#clones = parts.clones;
     this.#catalog = parts.catalog;
     this.#starts = parts.starts;
+    this.#groups = parts.groups;
     this.#log = parts.log;
   }
 
@@ -128,8 +103,9 @@ export class Machines {
         if (machine !== undefined) {
           await runsOn(id);
           if (machine.status().state === 'paused') await machine.proceed();
-          for (const clone of clonesOf(record)) used.add(clone);
-          this.#register(record, folder, machine, performance.now());
+          const kept = withoutLostVolumes(record, machine);
+          for (const clone of clonesOf(kept)) used.add(clone);
+          this.#register(kept, folder, machine, performance.now());
           continue;
         }
         this.#log(`VM ${id} ended while no proxy ran`);
@@ -154,14 +130,9 @@ export class Machines {
     if ((request.image === undefined) === (request.clone === undefined)) {
       throw new GridError('bad-request', 'name either an image to clone or a clone to start from');
     }
-    if (request.clone !== undefined && this.#disks.has(request.clone)) {
-      throw new GridError(
-        'in-use',
-        `clone '${request.clone}' is the disk of a VM; \`gridvfs vm ls\` says which`,
-      );
-    }
+    if (request.clone !== undefined) this.#checkUnclaimed(request.clone);
     const id = this.reserve(request.name);
-    if (request.clone !== undefined) this.#disks.add(request.clone);
+    if (request.clone !== undefined) this.claim(request.clone);
     let ownClone: string | undefined;
     try {
       const { cloneId, image, manifest, imageFolder } = await this.#diskFor(request, id);
@@ -177,6 +148,7 @@ export class Machines {
         clone: cloneId,
         discards: this.#clones.get(cloneId).kind === 'non-persistent',
         ...(description.readyText === undefined ? {} : { readyText: description.readyText }),
+        answers: manifest.labels[LABEL_ANSWERS] === 'ttyS1',
         requestedAtMs,
         clonedMs,
         opens: [kernel, initrd, this.#clones.get(cloneId).base].filter((one) => one !== undefined),
@@ -184,10 +156,25 @@ export class Machines {
       });
     } catch (error) {
       this.unreserve(id);
-      if (request.clone !== undefined) this.#disks.delete(request.clone);
+      if (request.clone !== undefined) this.unclaim(request.clone);
       if (ownClone !== undefined) await this.#clones.discard(ownClone);
       throw error;
     }
+  }
+
+  /** Takes a clone for a VM's disk. Throws in-use. */
+  claim(clone: string): void {
+    this.#checkUnclaimed(clone);
+    this.#disks.add(clone);
+  }
+
+  unclaim(clone: string): void {
+    this.#disks.delete(clone);
+  }
+
+  #checkUnclaimed(clone: string): void {
+    if (!this.#disks.has(clone)) return;
+    throw new GridError('in-use', `clone '${clone}' is the disk of a VM; \`gridvfs vm ls\` says which`);
   }
 
   /** Takes a name for a VM, made up when left out. Throws exists, bad-request, closed. */
@@ -234,6 +221,7 @@ export class Machines {
       await rm(folder, { recursive: true, force: true });
       await mkdir(folder, { mode: 0o700, recursive: true });
       machine = await launch.begin(folder);
+      await this.#groups?.place(`vm-${id}`, machine.status().pid!);
       const record: VmRecord = {
         schema: 1,
         id,
@@ -245,11 +233,16 @@ export class Machines {
         startedMs: performance.now() - requestedAtMs,
         ...(readyText === undefined ? {} : { readyText }),
         ...(memory === undefined ? {} : { memory }),
+        ...(launch.volumes === undefined ? {} : { volumes: launch.volumes }),
+        ...(launch.answers || launch.nonce !== undefined ? { answers: true } : {}),
+        ...(launch.nonce === undefined ? {} : { nonce: launch.nonce }),
+        ...(launch.same ? { same: true } : {}),
       };
       await writeVmRecord(folder, record);
       await launch.proceed?.(machine);
       const vm = this.#register(record, folder, machine, requestedAtMs);
       if (start) void this.#watchStart(start, vm);
+      if (memory !== undefined) this.#greet(vm);
       this.#log(
         `VM ${id} ${memory ? 'resumed' : 'started'} (pid ${machine.status().pid}) over clone ${clone} of ${image}`,
       );
@@ -265,7 +258,7 @@ export class Machines {
   #register(record: VmRecord, folder: string, machine: Machine, requestedAtMs: number): Vm {
     const vm: Vm = { record, folder, machine, requestedAtMs };
     this.#names.add(record.id);
-    this.#disks.add(record.clone);
+    for (const clone of disksOf(record)) this.#disks.add(clone);
     this.#vms.set(record.id, vm);
     void machine.ended
       .then((status) => this.#ended(vm, status))
@@ -333,6 +326,18 @@ export class Machines {
     );
   }
 
+  /** Bounds what its disks do from now on. Throws bad-request, unsupported. */
+  async setLimits(id: string, limits: IoLimits): Promise<VmStatus> {
+    const vm = this.find(id);
+    await vm.machine.setLimits(limits);
+    return statusOf(vm);
+  }
+
+  /** Of those that run. */
+  records(): VmRecord[] {
+    return [...this.#vms.values()].map(({ record }) => record);
+  }
+
   list(): VmStatus[] {
     return [...this.#vms.values()].map(statusOf).concat(this.#failed);
   }
@@ -346,11 +351,49 @@ export class Machines {
 
   /** Resolves when the guest answered; the time is from the request that started it. */
   async ready(id: string, timeoutMs: number): Promise<VmStatus> {
+    const ended = this.#vms.has(id) ? undefined : this.#failed.findLast((status) => status.id === id);
+    if (ended !== undefined) throw new GridError('vm-failed', ended.reason ?? `VM '${id}' has failed`);
     const vm = this.find(id);
-    if (vm.record.memory) return statusOf(vm); // it has long booted
-    await vm.machine.ready(timeoutMs);
+    if (vm.record.memory) {
+      const { nonce } = vm.record;
+      if (nonce === undefined) return statusOf(vm); // it has long booted, and does not answer
+      await (vm.answer ??= this.#answer(vm, nonce, timeoutMs));
+    } else {
+      await vm.machine.ready(timeoutMs);
+    }
     vm.readyMs ??= performance.now() - vm.requestedAtMs;
     return statusOf(vm);
+  }
+
+  /** Tells a resumed guest who it is, and has it show by its answer that it is the one that was captured. */
+  #greet(vm: Vm): void {
+    const { memory, nonce, same } = vm.record;
+    if (nonce !== undefined) {
+      vm.answer = this.#answer(vm, nonce, START_MS_MAX);
+      vm.answer.catch((error: unknown) => this.#log(`VM ${vm.record.id}: ${String(error)}`));
+    } else if (memory?.image !== undefined && !same) {
+      tellGuest(vm.machine, forkQuestion(vm.machine.description));
+    }
+  }
+
+  async #answer(vm: Vm, nonce: string, timeoutMs: number): Promise<void> {
+    const { record, machine, requestedAtMs } = vm;
+    const isFork = record.memory?.image !== undefined && !record.same;
+    const question = isFork ? forkQuestion(machine.description) : { event: 'resume' as const };
+    let answer: string;
+    try {
+      answer = await askGuest(machine, question, timeoutMs);
+    } catch (error) {
+      delete vm.answer; // it may still come
+      throw error;
+    }
+    if (answer === nonce) {
+      vm.readyMs ??= performance.now() - requestedAtMs;
+      return;
+    }
+    vm.denied = `the guest of VM '${record.id}' is not the one that was captured: its memory does not hold the nonce; it was ended`;
+    await machine.stop(0);
+    throw new GridError('vm-failed', vm.denied);
   }
 
   /** Asks the guest to power down, ends it after `graceMs` (0: at once), and waits until all of it is gone. */
@@ -384,15 +427,17 @@ export class Machines {
   }
 
   async #ended(vm: Vm, status: MachineStatus): Promise<void> {
-    const { id, clone, discards, memory } = vm.record;
+    const { id, clone, discards, memory, volumes = [] } = vm.record;
     this.#log(`VM ${id} is gone (${status.state}${status.reason === undefined ? '' : `: ${status.reason}`})`);
-    if (status.state === 'failed') {
-      this.#failed.push({ ...statusOf(vm), ...status });
+    if (status.state === 'failed' || vm.denied !== undefined) {
+      const reason = vm.denied === undefined ? {} : { state: 'failed' as const, reason: vm.denied };
+      this.#failed.push({ ...statusOf(vm), ...status, ...reason });
       if (this.#failed.length > FAILED_KEPT_MAX) this.#failed.shift();
     }
     try {
       if (!vm.suspended) {
         if (discards) await this.#clones.discard(clone);
+        for (const volume of volumes) if (volume.discards) await this.#clones.discard(volume.clone);
         if (memory?.own !== undefined) await this.#clones.discard(memory.own);
       }
       const mapped = memory?.clone;
@@ -400,16 +445,25 @@ export class Machines {
         await this.#clones.discard(mapped);
       }
       await rm(vm.folder, { recursive: true, force: true });
+      await this.#groups?.remove(`vm-${id}`);
     } finally {
       this.#vms.delete(id);
       this.#names.delete(id);
-      this.#disks.delete(clone);
+      for (const disk of disksOf(vm.record)) this.#disks.delete(disk);
       if (vm.suspended) this.park(id);
     }
   }
 }
 
 /** All clones that a VM needs. */
-export function clonesOf({ clone, memory }: VmRecord): string[] {
-  return [clone, memory?.clone, memory?.own].filter((one) => one !== undefined);
+function clonesOf(record: VmRecord): string[] {
+  const { memory } = record;
+  return [...disksOf(record), memory?.clone, memory?.own].filter((one) => one !== undefined);
+}
+
+/** A daemon that was killed while it attached one had it on record already. */
+function withoutLostVolumes(record: VmRecord, { description }: Machine): VmRecord {
+  if (record.volumes === undefined) return record;
+  const there = new Set(description.disks.map(({ id }) => id));
+  return { ...record, volumes: record.volumes.filter(({ name }) => there.has(name)) };
 }

@@ -3,7 +3,7 @@ import { readFile, rename, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import type { Digest } from '../core/bytes.ts';
 import { GridError } from '../core/errors.ts';
-import type { Machine, MachineStatus } from '../core/machine.ts';
+import type { IoLimits, Machine, MachineDescription, MachineStatus } from '../core/machine.ts';
 import { isName } from '../core/manifest.ts';
 
 export interface RunRequest {
@@ -14,10 +14,25 @@ export interface RunRequest {
   readonly name?: string;
   readonly memoryBytes?: number;
   readonly vcpus?: number;
-  readonly network?: 'user' | 'none';
+  readonly network?: MachineDescription['network'];
   /** Replaces the label's. */
   readonly commandLine?: string;
   readonly readyText?: string;
+  readonly limits?: IoLimits;
+  /** What the guest reads about itself when it starts; any of them makes a seed. */
+  readonly sshKeys?: readonly string[];
+  readonly hostName?: string;
+  readonly userData?: string;
+}
+
+/** A disk beside the system's that was attached to a VM. */
+export interface VmVolume {
+  /** The guest sees it as the disk's serial number. */
+  readonly name: string;
+  readonly image: string;
+  readonly clone: string;
+  /** The clone was made for it: it goes with the volume. */
+  readonly discards: boolean;
 }
 
 /** Where the memory of a VM that was resumed comes from. It is mapped privately: what the VM writes is its own. */
@@ -48,16 +63,32 @@ export interface VmRecord {
   readonly startedMs: number;
   readonly readyText?: string;
   readonly memory?: VmMemory;
+  readonly volumes?: readonly VmVolume[];
+  /** Its guest answers on its second serial port (vm-answer.ts). */
+  readonly answers?: true;
+  /** It came from another host as the machine that it is, so it is not told that it is a fork. */
+  readonly same?: true;
+  /** What its guest answers then, unless it is not the one that was captured. */
+  readonly nonce?: string;
+}
+
+/** Clones that a VM has as disks. */
+export function disksOf({ clone, volumes = [] }: VmRecord): string[] {
+  return [clone, ...volumes.map((volume) => volume.clone)];
 }
 
 /** One that runs. */
 export interface Vm {
-  readonly record: VmRecord;
+  record: VmRecord;
   /** Its sockets and logs. */
   readonly folder: string;
   readonly requestedAtMs: number;
   readonly machine: Machine;
   readyMs?: number;
+  /** Resolves when a resumed guest has answered. */
+  answer?: Promise<void>;
+  /** Why it is ended: it is not what it should be. */
+  denied?: string;
   /** What is done to it; nothing else may be then. */
   busy?: string;
   /** It is ended because it has been suspended: its clones stay. */
@@ -74,8 +105,12 @@ export interface VmStatus extends Omit<MachineStatus, 'state'> {
   readonly readyText?: string;
   /** Whether it goes on from a checkpoint or a suspension, and so has no boot to wait for. */
   readonly resumed: boolean;
+  /** Whether one can wait for its guest's answer. */
+  readonly answers: boolean;
   readonly consoleSocket: string;
   readonly consoleLog: string;
+  readonly volumes: readonly VmVolume[];
+  readonly limits?: IoLimits;
   /** Milliseconds from the request to: clone there, machine started (a resumed guest runs then), guest ready. */
   readonly timeline: { readonly clonedMs: number; readonly startedMs?: number; readonly readyMs?: number };
 }
@@ -89,8 +124,11 @@ export function statusOf({ record, machine, readyMs }: Vm): VmStatus {
     created: record.created,
     ...(record.readyText === undefined ? {} : { readyText: record.readyText }),
     resumed: record.memory !== undefined,
+    answers: record.memory === undefined ? record.readyText !== undefined : record.nonce !== undefined,
     consoleSocket: machine.consoleSocket,
     consoleLog: machine.consoleLog,
+    volumes: record.volumes ?? [],
+    ...(machine.description.limits === undefined ? {} : { limits: machine.description.limits }),
     timeline: {
       clonedMs: record.clonedMs,
       startedMs: record.startedMs,
@@ -132,7 +170,8 @@ export function checkedVmRecord(raw: unknown, id: string): VmRecord {
     isName(clone) &&
     typeof image === 'string' &&
     typeof record.discards === 'boolean' &&
-    [memory?.clone, memory?.own].every((name) => name === undefined || isName(name));
+    [memory?.clone, memory?.own].every((name) => name === undefined || isName(name)) &&
+    (record.volumes ?? []).every((volume) => isName(volume.name) && isName(volume.clone));
   if (!good) throw new GridError('bad-format', `the record of VM ${id} is malformed`);
   return record as VmRecord;
 }

@@ -70,6 +70,8 @@ export interface DaemonOptions {
   /** The broker that this host is under. */
   readonly broker?: BrokerOptions;
   readonly accelerator?: 'auto' | 'kvm' | 'tcg';
+  /** Path of the control group that this process and its VMs are put below. */
+  readonly cgroup?: string;
   /** Devices that outlive this process, and with them the mount. */
   readonly held?: HeldDevices;
   /** The mount is there already: the last daemon died, or makes room for this one. */
@@ -219,7 +221,7 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
         folder: imageFolderOf(tag),
       };
     };
-    const vmWork = machineWork({
+    const vmWork = await machineWork({
       cache,
       clones,
       source,
@@ -227,11 +229,13 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
       paths,
       accelerator: options.accelerator ?? 'auto',
       profiles: options.profiles ?? true,
+      ...(options.cgroup === undefined ? {} : { cgroup: options.cgroup }),
       resolve,
       imageFolderOf,
       log,
     });
-    const { machines, checkpoints, forks } = vmWork;
+    const { machines, checkpoints, forks, volumes, spending } = vmWork;
+    stack.defer(() => spending.stop());
     await vmWork.prepare(takeover);
 
     const tree = createTree({ catalog: cache, clones });
@@ -321,6 +325,8 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
       machines,
       checkpoints,
       forks,
+      volumes,
+      spending,
       resolve,
       cloneWork: work,
       cache,

@@ -32,6 +32,7 @@ export interface ProxyOptions {
   gid?: number;
   options?: string[];
   accel?: 'auto' | 'kvm' | 'tcg';
+  cgroup?: string;
   identity?: string[];
   knownHosts?: string[];
   hostKey?: string;
@@ -82,6 +83,7 @@ export function addProxyOptions(command: Command): Command {
       collect,
     )
     .addOption(new Option('--accel <which>', 'how VMs run').choices(['auto', 'kvm', 'tcg']))
+    .option('--cgroup <path>', 'put the proxy and each VM into control groups below this one')
     .option('--identity <file>', 'ssh: private key (may be given again)', collect)
     .option('--known-hosts <file>', 'ssh: known hosts (may be given again)', collect)
     .option('--host-key <fingerprint>', 'ssh: the one host key to accept, as SHA256:…')

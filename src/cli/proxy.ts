@@ -139,6 +139,7 @@ function serveVerb(): Command {
             ...(options.gid === undefined ? {} : { gid: options.gid }),
             ...brokerOf(options),
             ...(options.accel === undefined ? {} : { accelerator: options.accel }),
+            ...(options.cgroup === undefined ? {} : { cgroup: options.cgroup }),
           },
           log,
         );

@@ -1,11 +1,13 @@
 /** gridvfs vm suspend|resume|checkpoint|fork: thin calls of the proxy's control socket. */
 import { randomBytes } from 'node:crypto';
 import type { Command } from 'commander';
+import { baseReference } from '../agent/base-checkpoints.ts';
+import type { BaseRequest } from '../agent/base-checkpoints.ts';
 import type { PublishedCheckpoint, Suspended } from '../agent/checkpoints.ts';
 import type { ControlClient } from '../agent/client.ts';
 import type { VmStatus } from '../agent/vm-record.ts';
 import { GridError } from '../core/errors.ts';
-import { bytesText, jsonOption, parseCount, show, verb } from './kit.ts';
+import { bytesText, jsonOption, parseBytes, parseCount, show, verb } from './kit.ts';
 import { findProxy, withProxyOption } from './registry.ts';
 
 interface Options {
@@ -21,7 +23,10 @@ export const seconds = (ms: number | undefined) => (ms === undefined ? '-' : `${
 
 /** A VM that runs now, for people. */
 export function vmText(vm: VmStatus): string {
-  const ready = vm.resumed ? 'resumed' : `guest ready ${seconds(vm.timeline.readyMs)}`;
+  const ready =
+    vm.resumed && vm.timeline.readyMs === undefined
+      ? 'resumed'
+      : `guest ${vm.resumed ? 'answered' : 'ready'} ${seconds(vm.timeline.readyMs)}`;
   return [
     `${vm.id}  ${vm.state}  pid ${vm.pid ?? '-'}  ${vm.accelerator ?? ''}`,
     `clone ${vm.clone} after ${seconds(vm.timeline.clonedMs)}, started ${seconds(vm.timeline.startedMs)}, ${ready}`,
@@ -54,20 +59,94 @@ export async function allOf<T>(ids: readonly string[], task: (id: string) => Pro
   return results.map((result) => (result as PromiseFulfilledResult<T>).value);
 }
 
+const BOOT_TIMEOUT_MS = 600_000;
+/** How long a resumed guest may take to answer, where it does. */
+const ANSWER_TIMEOUT_MS = 120_000;
+
+/** Waits until the guest of a VM that goes on has shown by its answer that it does; at once for one that cannot. */
+export async function answered(client: ControlClient, vm: VmStatus, wait: boolean): Promise<VmStatus> {
+  if (!wait || !vm.answers) return vm;
+  return client.call<VmStatus>('GET', `${routeOf(vm.id, 'ready')}?timeoutMs=${ANSWER_TIMEOUT_MS}`);
+}
+
 /** `vm run --from-checkpoint`, and `vm fork` of a checkpoint. */
 export async function runFrom(
   client: ControlClient,
   checkpoint: string,
-  options: Options & { name?: string; count?: number },
+  options: Options & { name?: string; count?: number; wait?: boolean },
 ): Promise<void> {
-  const resume = (name: string | undefined) =>
-    client.call<VmStatus>('POST', '/v1/vms/resume', { checkpoint, ...(name === undefined ? {} : { name }) });
+  const resume = async (name: string | undefined) => {
+    const request = { checkpoint, ...(name === undefined ? {} : { name }) };
+    const vm = await client.call<VmStatus>('POST', '/v1/vms/resume', request);
+    return answered(client, vm, options.wait ?? true);
+  };
   if (options.count === undefined) {
     const vm = await resume(options.name);
     return show(options, vm, () => vmText(vm));
   }
   const vms = await allOf(namesFor(options.name, options.count), resume);
   show(options, vms, () => vms.map(vmText).join('\n'));
+}
+
+interface CheckpointOptions extends Options {
+  to?: string;
+  base?: string;
+  memory?: number;
+  vcpus?: number;
+}
+
+async function checkpoint(client: ControlClient, vm: string | undefined, options: CheckpointOptions) {
+  const { to, base, memory, vcpus } = options;
+  const publish = (id: string, reference: string, isBase: boolean) =>
+    client.call<PublishedCheckpoint>('POST', routeOf(id, 'checkpoint'), { reference, base: isBase });
+  if (base === undefined) {
+    if (vm === undefined || to === undefined)
+      throw new GridError(
+        'bad-request',
+        'name a VM and what to call its checkpoint (--to), or an image (--base)',
+      );
+    return { to, made: await publish(vm, to, false) };
+  }
+  if (vm !== undefined || to !== undefined)
+    throw new GridError('bad-request', '--base makes a VM of its own, and is called after its image');
+  const { id } = await client.call<VmStatus>('POST', '/v1/vms', {
+    image: base,
+    ...(memory === undefined ? {} : { memoryBytes: memory }),
+    ...(vcpus === undefined ? {} : { vcpus }),
+  });
+  try {
+    await client.call('GET', `${routeOf(id, 'ready')}?timeoutMs=${BOOT_TIMEOUT_MS}`);
+    await client.call('POST', routeOf(id, 'suspend'), {});
+    const reference = baseReference(base);
+    return { to: reference, made: await publish(id, reference, true) };
+  } finally {
+    await client.call('POST', routeOf(id, 'stop'), { graceMs: 0 });
+  }
+}
+
+/** Goes on from an image's base checkpoint where there is one that fits and that runs here; undefined: it must boot. */
+export async function runFromBase(
+  client: ControlClient,
+  request: BaseRequest,
+  name: string | undefined,
+): Promise<VmStatus | undefined> {
+  try {
+    const { checkpoint: found } = await client.call<{ checkpoint: string }>(
+      'POST',
+      '/v1/base-checkpoint',
+      request,
+    );
+    const vm = await client.call<VmStatus>('POST', '/v1/vms/resume', {
+      checkpoint: found,
+      ...(name === undefined ? {} : { name }),
+    });
+    return await answered(client, vm, true);
+  } catch (error) {
+    // Made for other machines than this host's, or not there.
+    if (!(error instanceof GridError) || !['not-found', 'unsupported'].includes(error.code)) throw error;
+    process.stderr.write(`gridvfs: booting: ${error.message}\n`);
+    return undefined;
+  }
 }
 
 export function checkpointVerbs(): Command[] {
@@ -93,30 +172,39 @@ export function checkpointVerbs(): Command[] {
       }),
     withProxyOption(verb('resume', 'Go on with suspended VMs where they were.', ['gridvfs vm resume web']))
       .argument('<vm...>')
+      .option('--no-wait', 'return when its guest runs, before it has answered')
       .addOption(jsonOption())
-      .action(async (ids: string[], options: Options) => {
+      .action(async (ids: string[], options: Options & { wait: boolean }) => {
         const { client } = await findProxy(options.proxy);
-        const vms = await allOf(ids, (id) => client.call<VmStatus>('POST', routeOf(id, 'resume'), {}));
+        const vms = await allOf(ids, async (id) =>
+          answered(client, await client.call<VmStatus>('POST', routeOf(id, 'resume'), {}), options.wait),
+        );
         show(options, vms, () => vms.map(vmText).join('\n'));
       }),
     withProxyOption(
       verb(
         'checkpoint',
         'Publish a VM, memory and disk, as a version in the store, from which any host can resume it. A VM that runs pauses meanwhile.',
-        ['gridvfs vm checkpoint web --to web:warm', 'gridvfs vm run --from-checkpoint web:warm'],
+        [
+          'gridvfs vm checkpoint web --to web:warm',
+          'gridvfs vm run --from-checkpoint web:warm',
+          'gridvfs vm checkpoint --base debian:12       # boots it, publishes debian.base:12, ends it',
+          'gridvfs vm run debian:12 --from-checkpoint   # goes on from there where it fits, and boots where not',
+        ],
       ),
     )
-      .argument('<vm>')
-      .requiredOption('--to <name:version>', 'what to call it')
+      .argument('[vm]')
+      .option('--to <name:version>', 'what to call it')
+      .option('--base <image>', 'boot this image and publish it as it is when its guest is ready')
+      .option('--memory <size>', 'with --base: memory; the image’s own default, else 512M', parseBytes)
+      .option('--vcpus <count>', 'with --base: virtual processors (default: 1)', parseCount)
       .addOption(jsonOption())
-      .action(async (id: string, options: Options & { to: string }) => {
+      .action(async (vm: string | undefined, options: CheckpointOptions) => {
         const { client } = await findProxy(options.proxy);
-        const made = await client.call<PublishedCheckpoint>('POST', routeOf(id, 'checkpoint'), {
-          reference: options.to,
-        });
+        const { to, made } = await checkpoint(client, vm, options);
         show(options, made, () =>
           [
-            `${options.to} is ${made.digest}`,
+            `${to} is ${made.digest}`,
             `${made.newChunks} chunks were new, ${bytesText(made.newStoredBytes)} compressed`,
           ].join('\n'),
         );

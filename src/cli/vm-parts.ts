@@ -8,8 +8,10 @@ import type { CloneRecord } from '../agent/clone-record.ts';
 import type { Clones } from '../agent/clones.ts';
 import { Forks, PART_DISK, PART_STATE } from '../agent/forks.ts';
 import { Machines } from '../agent/machines.ts';
-import type { MachineCatalog } from '../agent/machines.ts';
+import type { MachineCatalog } from '../agent/machine-parts.ts';
 import { createStarts } from '../agent/starts.ts';
+import { Spending } from '../agent/vm-spending.ts';
+import { Volumes } from '../agent/vm-volumes.ts';
 import type { Digest } from '../core/bytes.ts';
 import { CHUNK_BYTES_DEFAULT, MEMORY_CHUNK_BYTES } from '../core/limits.ts';
 import { parseReference } from '../core/manifest.ts';
@@ -17,7 +19,7 @@ import type { Tag } from '../core/manifest.ts';
 import type { ChunkSource } from '../core/source.ts';
 import { changedUnits } from '../image/index.ts';
 import { uploadImage, uploadVersion } from '../store/index.ts';
-import { createQemu } from '../vmm/index.ts';
+import { Cgroups, createQemu } from '../vmm/index.ts';
 import type { Disk } from './clone-parts.ts';
 import type { ProxyPaths } from './paths.ts';
 
@@ -29,6 +31,8 @@ export interface MachineParts {
   readonly paths: ProxyPaths;
   readonly accelerator: 'auto' | 'kvm' | 'tcg';
   readonly profiles: boolean;
+  /** Path of the control group that the proxy and its VMs are put below. */
+  readonly cgroup?: string;
   readonly resolve: MachineCatalog['resolve'];
   readonly imageFolderOf: (tag: Tag) => string;
   readonly log: (line: string) => void;
@@ -38,14 +42,18 @@ export interface MachineWork {
   readonly machines: Machines;
   readonly checkpoints: Checkpoints;
   readonly forks: Forks;
+  readonly volumes: Volumes;
+  readonly spending: Spending;
   /** Before the mount. `takeover`: it is there already. */
   prepare(takeover: boolean): Promise<void>;
   /** When the mount answers. */
   goOn(takeover: boolean): Promise<void>;
 }
 
-export function machineWork(parts: MachineParts): MachineWork {
+export async function machineWork(parts: MachineParts): Promise<MachineWork> {
   const { cache, clones, source, mountpoint, paths, log } = parts;
+  const groups = parts.cgroup === undefined ? undefined : await Cgroups.open(parts.cgroup);
+  await groups?.place('proxy', process.pid);
   const vmm = createQemu({ accelerator: parts.accelerator, log });
   const catalog: MachineCatalog = {
     resolve: parts.resolve,
@@ -62,6 +70,7 @@ export function machineWork(parts: MachineParts): MachineWork {
     clones,
     catalog,
     log,
+    ...(groups === undefined ? {} : { groups }),
     ...(parts.profiles ? { starts: createStarts(cache, log) } : {}),
   });
   const checkpoints = new Checkpoints({
@@ -74,9 +83,21 @@ export function machineWork(parts: MachineParts): MachineWork {
     log,
   });
   let kept = new Set<string>();
+  const spending = new Spending({
+    records: () => machines.records(),
+    clones: () => clones.usages(),
+    images: async () => (await cache.status()).images,
+    cpuSeconds: () => {
+      const { user, system } = process.cpuUsage();
+      return (user + system) / 1e6;
+    },
+  });
+  spending.start();
   return {
     machines,
+    spending,
     checkpoints,
+    volumes: new Volumes({ machines, clones, catalog }),
     forks: new Forks({ vmm, machines, clones, catalog }),
     async prepare(takeover) {
       kept = await checkpoints.load();
@@ -104,7 +125,7 @@ const LABEL_CHECKPOINT = 'checkpoint';
 
 function checkpointWork(source: ChunkSource): CheckpointWork {
   return {
-    async publish({ reference, disk, diskRecord, memory, memoryRecord, state }) {
+    async publish({ reference, disk, diskRecord, memory, memoryRecord, state, labels: more }) {
       const { name, version } = parseReference(reference);
       const labels = { [LABEL_CHECKPOINT]: `${name}:${version}` };
       const { clone: diskClone } = disk as Disk;
@@ -139,7 +160,7 @@ function checkpointWork(source: ChunkSource): CheckpointWork {
         ...(standalone ? {} : { parent: memoryRecord.base }),
         changed: (chunkBytes) => changedUnits(memoryClone, chunkBytes, standalone),
         read: (target, offsetBytes) => memory.read(target, offsetBytes),
-        labels,
+        labels: { ...labels, ...more },
         parts: { [PART_DISK]: disks.digest, [PART_STATE]: states.digest },
       });
       const all = [disks, states, memories];

@@ -1,15 +1,19 @@
 /** gridvfs vm run|ls|show|console|stop: thin calls of the proxy's control socket. Suspension and checkpoints:
  * vm-checkpoint.ts. */
 import { closeSync, fstatSync, openSync, readSync } from 'node:fs';
+import { readFile } from 'node:fs/promises';
 import { stripVTControlCharacters } from 'node:util';
 import type { Command } from 'commander';
+import type { BaseRequest } from '../agent/base-checkpoints.ts';
 import type { ControlClient } from '../agent/client.ts';
 import type { RunRequest, VmStatus } from '../agent/vm-record.ts';
-import { GridError } from '../core/errors.ts';
-import { jsonOption, parseBytes, parseCount, parseDuration, show, table, verb } from './kit.ts';
+import { asGridError, GridError } from '../core/errors.ts';
+import { collect, jsonOption, parseBytes, parseCount, parseDuration, show, table, verb } from './kit.ts';
 import { findProxy, withProxyOption } from './registry.ts';
-import { allOf, checkpointVerbs, namesFor, runFrom, seconds, vmText } from './vm-checkpoint.ts';
+import { allOf, checkpointVerbs, namesFor, runFrom, runFromBase, seconds, vmText } from './vm-checkpoint.ts';
 import { attachConsole } from './vm-console.ts';
+import { moveVerbs } from './vm-move.ts';
+import { limitsOf, volumeVerbs } from './vm-volumes.ts';
 
 interface Options {
   json?: boolean;
@@ -30,12 +34,25 @@ function runVerb(): Command {
   )
     .argument('[image]', 'name:version')
     .option('--clone <id>', 'start from this clone instead of a new one')
-    .option('--from-checkpoint <name:version>', 'resume this checkpoint as a new VM; nothing is booted')
+    .option(
+      '--from-checkpoint [name:version]',
+      'resume this checkpoint as a new VM; with an image and no name: its base checkpoint where that fits, else boot',
+    )
     .option('--count <count>', 'so many VMs at once, named NAME-1, NAME-2, …', parseCount)
     .option('--name <name>', "the VM's name; made up when left out")
     .option('--memory <size>', 'memory; the image’s own default, else 512M', parseBytes)
     .option('--vcpus <count>', 'virtual processors (default: 1)', parseCount)
     .option('--no-network', 'no network device')
+    .option('--bridge <name>', 'put its network device into this bridge of the host (default: outbound only)')
+    .option(
+      '--ssh-key <file>',
+      'public key that lets one in, by the seed (NoCloud; may be given again)',
+      collect,
+    )
+    .option('--hostname <name>', 'the guest’s name, by the seed (default: the VM’s)')
+    .option('--user-data <file>', 'cloud-init’s user-data, by the seed')
+    .option('--io-bytes <size>', 'most bytes a second that its disks may move', parseBytes)
+    .option('--io-ops <count>', 'most operations a second on its disks', parseCount)
     .option('--append <text>', 'kernel command line instead of the image’s own')
     .option('--ready-text <text>', 'console text that means the guest is ready, instead of the image’s own')
     .option('--no-wait', 'return when the VM runs, before its guest is ready')
@@ -46,19 +63,31 @@ function runVerb(): Command {
         image: string | undefined,
         options: Options & {
           clone?: string;
-          fromCheckpoint?: string;
+          fromCheckpoint?: string | true;
           count?: number;
           name?: string;
           memory?: number;
           vcpus?: number;
           network: boolean;
+          bridge?: string;
+          sshKey?: string[];
+          hostname?: string;
+          userData?: string;
+          ioBytes?: number;
+          ioOps?: number;
           append?: string;
           readyText?: string;
           wait: boolean;
           timeout: number;
         },
       ) => {
-        const named = [image, options.clone, options.fromCheckpoint].filter((one) => one !== undefined);
+        const { fromCheckpoint } = options;
+        const isBase = fromCheckpoint === true;
+        const named = [image, options.clone, isBase ? undefined : fromCheckpoint].filter(
+          (one) => one !== undefined,
+        );
+        if (isBase && image === undefined)
+          throw new GridError('bad-request', '--from-checkpoint without a name needs an image');
         if (named.length !== 1) {
           throw new GridError(
             'bad-request',
@@ -66,7 +95,7 @@ function runVerb(): Command {
           );
         }
         const { client } = await findProxy(options.proxy);
-        if (options.fromCheckpoint !== undefined) return runFrom(client, options.fromCheckpoint, options);
+        if (typeof fromCheckpoint === 'string') return runFrom(client, fromCheckpoint, options);
         const request: RunRequest = {
           ...(image === undefined ? {} : { image }),
           ...(options.clone === undefined ? {} : { clone: options.clone }),
@@ -75,12 +104,22 @@ function runVerb(): Command {
           ...(options.vcpus === undefined ? {} : { vcpus: options.vcpus }),
           ...(options.append === undefined ? {} : { commandLine: options.append }),
           ...(options.readyText === undefined ? {} : { readyText: options.readyText }),
-          network: options.network ? 'user' : 'none',
+          network:
+            options.bridge !== undefined ? { bridge: options.bridge } : options.network ? 'user' : 'none',
+          ...(options.hostname === undefined ? {} : { hostName: options.hostname }),
+          ...(options.userData === undefined ? {} : { userData: await textOf(options.userData) }),
+          ...(options.sshKey === undefined
+            ? {}
+            : { sshKeys: (await Promise.all(options.sshKey.map(textOf))).flatMap(keysIn) }),
+          ...(options.ioBytes === undefined && options.ioOps === undefined
+            ? {}
+            : { limits: limitsOf(options) }),
         };
         if (options.timeout < 1 || options.timeout > TIMEOUT_MS_MAX) {
           throw new GridError('bad-request', '--timeout must be from 1ms to 1h');
         }
-        const runOne = (name: string | undefined) =>
+        const runOne = async (name: string | undefined) =>
+          (isBase ? await runFromBase(client, baseRequestOf(request), name) : undefined) ??
           runAndWait(client, { ...request, ...(name === undefined ? {} : { name }) }, options);
         if (options.count === undefined) {
           const vm = await runOne(options.name);
@@ -92,6 +131,35 @@ function runVerb(): Command {
         show(options, vms, () => vms.map(vmText).join('\n'));
       },
     );
+}
+
+/** What a VM asks of a base checkpoint; anything else that is asked for is nothing that was booted with. */
+function baseRequestOf(request: RunRequest): BaseRequest {
+  const { image, memoryBytes, vcpus, network } = request;
+  const known = new Set(['image', 'memoryBytes', 'vcpus', 'network', 'name']);
+  if (Object.keys(request).some((key) => !known.has(key)) || network !== 'user')
+    throw new GridError('bad-request', '--from-checkpoint goes with an image, --memory and --vcpus alone');
+  return {
+    image: image!,
+    ...(memoryBytes === undefined ? {} : { memoryBytes }),
+    ...(vcpus === undefined ? {} : { vcpus }),
+  };
+}
+
+async function textOf(file: string): Promise<string> {
+  try {
+    return await readFile(file, 'utf8');
+  } catch (error) {
+    throw asGridError(error, `cannot read ${file}`);
+  }
+}
+
+/** The keys of a file like authorized_keys. */
+function keysIn(text: string): string[] {
+  return text
+    .split('\n')
+    .map((line) => line.trim())
+    .filter((line) => line !== '' && !line.startsWith('#'));
 }
 
 /** Starts one, and waits for its guest where that is wanted and can be told. */
@@ -192,7 +260,7 @@ export function vmVerbs(): Command {
         await attachConsole(vm.consoleSocket);
       }),
   );
-  for (const command of checkpointVerbs()) group.addCommand(command);
+  for (const command of [...checkpointVerbs(), ...volumeVerbs(), ...moveVerbs()]) group.addCommand(command);
   return group;
 }
 

@@ -3,6 +3,32 @@
  * containers of work. One suite (test/suites/vmm.ts) runs for each implementation.
  */
 
+export interface MachineDisk {
+  readonly path: string;
+  readonly format: 'raw' | 'qcow2';
+  readonly readOnly: boolean;
+  /** Of one that was attached: its name, which the guest sees as the disk's serial number. */
+  readonly id?: string;
+  /** Of one that was attached: where; given by the Vmm. It must be there again when the machine is resumed. */
+  readonly slot?: number;
+}
+
+/** Of all disks of a machine together. What is left out has no bound. */
+export interface IoLimits {
+  readonly bytesPerSecond?: number;
+  readonly operationsPerSecond?: number;
+}
+
+/** What a guest reads about itself when it starts (cloud-init's NoCloud). */
+export interface MachineSeed {
+  readonly instanceId: string;
+  readonly hostName: string;
+  /** Public keys, one each as in authorized_keys, that let one in as the guest's first user. */
+  readonly sshKeys: readonly string[];
+  /** Replaces the empty #cloud-config. */
+  readonly userData?: string;
+}
+
 /** Everything that makes a machine, from manifest labels and the request. Recorded with a checkpoint. */
 export interface MachineDescription {
   /** Shown in process lists and as the default host name. */
@@ -10,20 +36,27 @@ export interface MachineDescription {
   readonly vcpus: number;
   readonly memoryBytes: number;
   /** Raw disk images in order; the first is the system disk. */
-  readonly disks: readonly {
-    readonly path: string;
-    readonly format: 'raw' | 'qcow2';
-    readonly readOnly: boolean;
-  }[];
+  readonly disks: readonly MachineDisk[];
   /** Direct kernel boot; without it the firmware boots the first disk. */
   readonly boot?: { readonly kernel: string; readonly initrd?: string; readonly commandLine: string };
   readonly macAddress: string;
   /** 'user': outbound only, by the Vmm's own network stack. 'none': no device. */
-  readonly network: 'user' | 'none';
+  readonly network: 'user' | 'none' | MachineBridge;
   /** A line on the first serial console that contains this text means: the guest answers. */
   readonly readyText?: string;
   /** A UUID that the guest can see (vmgenid): another one tells it that it is a copy. Made up when left out. */
   readonly generationId?: string;
+  readonly limits?: IoLimits;
+  readonly seed?: MachineSeed;
+  /** There is a QEMU guest agent in the guest: it is asked to hold its file systems still for a capture. */
+  readonly guestAgent?: boolean;
+  /** 'bios' unless it says otherwise. */
+  readonly firmware?: 'bios' | 'uefi';
+}
+
+/** An interface of the host, made for the machine and gone with it, that is put into this bridge. */
+export interface MachineBridge {
+  readonly bridge: string;
 }
 
 /** What a captured device state can be loaded into again: it is refused by anything else. */
@@ -69,6 +102,7 @@ export interface MachineStatus {
 }
 
 export interface Machine {
+  /** As it is now: with what was attached, under the limits that were set last. */
   readonly description: MachineDescription;
   status(): MachineStatus;
   /** Resolves when the guest said `readyText`; rejects with vm-failed when it dies, timeout when it takes longer. */
@@ -85,6 +119,14 @@ export interface Machine {
   capture(files: MachineFiles): Promise<MachineCapture>;
   /** Lets a paused guest run (on). */
   proceed(): Promise<void>;
+  /** Plugs a disk into the machine, which may run; its guest finds it by `id`. Throws exists, bad-request, vm-failed,
+   * unsupported. */
+  attach(disk: MachineDisk & { readonly id: string }): Promise<void>;
+  /** Asks the guest to let go of an attached disk, and unplugs it. Throws not-found, and timeout when the guest does
+   * not: it stays attached then. */
+  detach(id: string, timeoutMs: number): Promise<void>;
+  /** From now on; replaces the ones before. Throws bad-request, unsupported. */
+  setLimits(limits: IoLimits): Promise<void>;
   /** Path of the unix socket that is the guest's first serial console. */
   readonly consoleSocket: string;
   /** Path of the unix socket that is the guest's second serial port, by which it is told who it is. */
@@ -93,8 +135,14 @@ export interface Machine {
   readonly consoleLog: string;
 }
 
+/** What not every Vmm can. */
+export type MachineAbility = 'capture' | 'boot' | 'network' | 'limits' | 'qcow2';
+
 export interface Vmm {
   readonly name: string;
+  /** What it throws 'unsupported' for: 'capture' (and resume), 'boot' (a kernel of one's own), 'network', 'limits',
+   * 'qcow2' (disks in that format). */
+  readonly lacks: ReadonlySet<MachineAbility>;
   /** Whether this host can run it, and how; the reason where not. */
   probe(): Promise<{ readonly usable: boolean; readonly accelerator?: string; readonly reason?: string }>;
   /** Starts a machine; its sockets and logs go to `folder`, which exists and is the machine's own. Resolves when

@@ -9,6 +9,8 @@ export const PACKAGES = {
     'qemu-utils',
     'seabios',
     'ipxe-qemu',
+    'ovmf',
+    'systemd-container',
     'e2fsprogs',
     'busybox-static',
     'mmdebstrap',

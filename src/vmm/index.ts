@@ -1,3 +1,5 @@
-/** The machines: what runs them, behind the `Vmm` contract of src/core/machine.ts. QEMU is the one there is. */
+/** The machines: what runs them, behind the `Vmm` contract of src/core/machine.ts. QEMU is the default. */
 export { createQemu, type QemuOptions } from './qemu/qemu.ts';
-export { connectSocket } from './qemu/socket.ts';
+export { connectSocket } from './socket.ts';
+export { createContainers } from './container/container.ts';
+export { Cgroups } from './cgroups.ts';

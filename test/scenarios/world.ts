@@ -37,6 +37,7 @@ export interface Outcome {
 export interface ServerHandle {
   readonly url: string;
   readonly fingerprint: string;
+  readonly pid: number;
   stop(): Promise<void>;
 }
 
@@ -160,6 +161,7 @@ export class World {
     return {
       url: ready.ssh.replace('ssh://', 'ssh://grid@'),
       fingerprint: ready.fingerprint,
+      pid: child.pid!,
       async stop() {
         child.kill('SIGTERM');
         await ended;
@@ -184,8 +186,8 @@ export class World {
   }
 
   /** `gridvfs mount`, at this world's mount point unless another is given. */
-  mount(source: string, server?: ServerHandle): Promise<ProxyHandle> {
-    return this.json('mount', source, this.mountpoint, ...this.proxyOptions(server));
+  mount(source: string, server?: ServerHandle, ...options: string[]): Promise<ProxyHandle> {
+    return this.json('mount', source, this.mountpoint, ...this.proxyOptions(server), ...options);
   }
 
   /** kill -9 of a proxy together with its holder, as the out-of-memory killer or a crash of the host would. */

@@ -4,7 +4,7 @@ import { appendFileSync, mkdtempSync, readFileSync, rmSync, statSync, writeFileS
 import os from 'node:os';
 import path from 'node:path';
 import { after, test } from 'node:test';
-import { ConsoleLog, ConsoleWatch, lastWords, LOG_KEPT_BYTES } from '../../src/vmm/qemu/console.ts';
+import { ConsoleLog, ConsoleWatch, lastWords, LOG_KEPT_BYTES } from '../../src/vmm/console.ts';
 
 const temporary = mkdtempSync(path.join(os.tmpdir(), 'gridvfs-console-'));
 after(() => rmSync(temporary, { recursive: true, force: true }));

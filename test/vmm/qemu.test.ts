@@ -17,14 +17,15 @@ import { after, test } from 'node:test';
 import { buildGuest, guestCacheFolder } from '../../bench/guest/build.ts';
 import { createQemu } from '../../src/vmm/index.ts';
 import { chooseAccelerator } from '../../src/vmm/qemu/accelerator.ts';
+import { vmmDevicesSuite } from '../suites/vmm-devices.ts';
 import { failsWith, vmmSuite } from '../suites/vmm.ts';
 
 const temporary = mkdtempSync(path.join(os.tmpdir(), 'gridvfs-qemu-'));
 after(() => rmSync(temporary, { recursive: true, force: true }));
 
-vmmSuite('qemu', createQemu(), () =>
-  buildGuest({ guest: 'small', folder: path.join(guestCacheFolder(), 'small') }),
-);
+const smallGuest = () => buildGuest({ guest: 'small', folder: path.join(guestCacheFolder(), 'small') });
+vmmSuite('qemu', createQemu(), smallGuest);
+vmmDevicesSuite('qemu', createQemu(), smallGuest);
 
 test('where QEMU is not installed, probe and start name the Debian package', async () => {
   const qemu = createQemu({ binary: 'qemu-system-of-nobody' });

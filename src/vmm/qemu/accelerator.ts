@@ -4,8 +4,7 @@
  * burns a core. So KVM needs both the flag and the device; everything else is TCG, and the operator may override.
  */
 import { constants } from 'node:fs';
-import { access, open, readFile } from 'node:fs/promises';
-import path from 'node:path';
+import { open, readFile } from 'node:fs/promises';
 import { errnoOf } from '../../core/errors.ts';
 
 export type Accelerator = 'kvm' | 'tcg';
@@ -33,20 +32,4 @@ export async function chooseAccelerator(wanted: 'auto' | Accelerator): Promise<A
     return { accelerator: 'tcg', reason: `/dev/kvm does not open (${errnoOf(error) ?? String(error)})` };
   }
   return { accelerator: 'kvm', reason: 'the processor has hardware virtualization and /dev/kvm opens' };
-}
-
-/** The program's path, looked up in PATH where it has no slash; undefined when there is none to execute. */
-export async function findProgram(program: string): Promise<string | undefined> {
-  const candidates = program.includes('/')
-    ? [path.resolve(program)]
-    : (process.env['PATH'] ?? '/usr/bin:/bin').split(':').map((folder) => path.join(folder || '.', program));
-  for (const candidate of candidates) {
-    try {
-      await access(candidate, constants.X_OK);
-      return candidate;
-    } catch {
-      // The next one.
-    }
-  }
-  return undefined;
 }

@@ -16,7 +16,7 @@ import type { MachineCompatibility, MachineDescription } from '../../core/machin
 import type { Accelerator } from './accelerator.ts';
 import { INCOMING_SOCKET, processorOf } from './command-line.ts';
 import type { QmpClient } from './qmp.ts';
-import { connectSocket } from './socket.ts';
+import { connectSocket } from '../socket.ts';
 
 /** A gibibyte takes about a second; a mount that does not answer must not hold a suspend for ever. */
 const COPY_TIMEOUT_MS = 600_000;

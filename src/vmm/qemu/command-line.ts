@@ -3,11 +3,9 @@
  * formats and cache modes explicit). Disks and devices are given as JSON, so no path can be taken for an option;
  * what has no JSON form escapes its commas. Sockets and logs are relative names: QEMU runs in the machine's folder.
  */
-import path from 'node:path';
-import { checkedNumber } from '../../core/bytes.ts';
-import { GridError } from '../../core/errors.ts';
-import { GIB, MIB, NAME_LENGTH_MAX } from '../../core/limits.ts';
-import type { MachineDescription } from '../../core/machine.ts';
+import { MIB } from '../../core/limits.ts';
+import type { MachineDescription, MachineDisk } from '../../core/machine.ts';
+import { checkDescription, isAttached } from '../description.ts';
 import type { Accelerator } from './accelerator.ts';
 
 /** Names in the machine's folder. */
@@ -15,17 +13,16 @@ export const QMP_SOCKET = 'qmp.sock';
 export const CONSOLE_SOCKET = 'console.sock';
 export const IDENTITY_SOCKET = 'identity.sock';
 export const INCOMING_SOCKET = 'incoming.sock';
+export const AGENT_SOCKET = 'agent.sock';
+export const SEED_FILE = 'seed.iso';
 export const CONSOLE_LOG = 'console.log';
 export const QEMU_LOG = 'qemu.log';
 export const PID_FILE = 'qemu.pid';
 
-const VCPUS_MAX = 255;
-const MEMORY_BYTES_MIN = 16 * MIB;
-const MEMORY_BYTES_MAX = 4096 * GIB;
-/** PCI slots of the machine, less the devices that are always there. */
-const DISKS_MAX = 24;
-/** The kernel's COMMAND_LINE_SIZE on x86. */
-const KERNEL_COMMAND_LINE_BYTES_MAX = 2047;
+/** What virtio has room for. */
+const SERIAL_LENGTH = 20;
+/** EDK II for a virtual machine; Debian's package ovmf. Its variables are in the guest's memory, as with any -bios. */
+export const UEFI_FILE = '/usr/share/ovmf/OVMF.fd';
 
 /**
  * One cache mode for every disk, on a mount and on local storage alike: through the host's page cache, guest
@@ -39,7 +36,6 @@ const DISK_OPTIONS = { discard: 'unmap', 'detect-zeroes': 'off', cache: DISK_CAC
 const PROCESSORS = { kvm: 'host', tcg: 'max,la57=off' } as const;
 /** Where its memory lies unless it is resumed. */
 export const RAM_NAME = 'memory-backend-memfd';
-const UUID = /^[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}$/i;
 
 /** What is not in the description. */
 export interface QemuChoices {
@@ -48,67 +44,45 @@ export interface QemuChoices {
   readonly machine?: string;
   /** A memory image to map privately; the machine then waits for its device state. */
   readonly memoryImage?: string;
+  /** The interface of the host that is the other end of its network device. */
+  readonly tap?: string;
 }
 
 export const processorOf = (accelerator: Accelerator): string => PROCESSORS[accelerator];
 
 const escaped = (text: string) => text.replaceAll(',', ',,');
 
-function refuse(name: string, what: string): never {
-  throw new GridError('bad-request', `machine ${JSON.stringify(name)}: ${what}`);
+/** A disk's nodes, as -blockdev and blockdev-add have them. */
+export function blockNode(disk: MachineDisk, name: string): Record<string, unknown> {
+  const file = { driver: 'file', filename: disk.path, discard: 'unmap', cache: DISK_CACHE };
+  return {
+    driver: disk.format,
+    'node-name': name,
+    'read-only': disk.readOnly,
+    ...DISK_OPTIONS,
+    file: { ...file, 'read-only': disk.readOnly },
+  };
 }
 
-/** Throws bad-request, naming what is wrong. Files are not looked at: they may lie on a mount of this process. */
-export function checkDescription(description: MachineDescription): void {
-  const { name, vcpus, memoryBytes, disks, boot, macAddress, network, readyText, generationId } = description;
-  // eslint-disable-next-line no-control-regex
-  if (name === '' || name.length > NAME_LENGTH_MAX || /[\0-\x1f\x7f]/.test(name)) {
-    refuse(name, `the name must have 1 to ${NAME_LENGTH_MAX} printable characters`);
-  }
-  if (checkedNumber(vcpus, `machine ${name}: vcpus`, VCPUS_MAX) < 1) refuse(name, 'vcpus must be 1 or more');
-  checkedNumber(memoryBytes, `machine ${name}: memoryBytes`, MEMORY_BYTES_MAX);
-  if (memoryBytes < MEMORY_BYTES_MIN || memoryBytes % MIB !== 0) {
-    refuse(
-      name,
-      `memory must be a whole number of MiB from ${MEMORY_BYTES_MIN / MIB}, not ${memoryBytes} bytes`,
-    );
-  }
-  if (disks.length > DISKS_MAX)
-    refuse(name, `${disks.length} disks are more than the ${DISKS_MAX} it has room for`);
-  if (disks.length === 0 && boot === undefined)
-    refuse(name, 'it has neither a disk nor a kernel to boot from');
-  const files = [...disks.map((disk) => disk.path), boot?.kernel, boot?.initrd];
-  for (const file of files) {
-    if (file !== undefined && (!path.isAbsolute(file) || file.includes('\0'))) {
-      refuse(name, `${JSON.stringify(file)} must be an absolute path`);
-    }
-  }
-  for (const disk of disks) {
-    if (disk.format !== 'raw' && disk.format !== 'qcow2') {
-      refuse(name, `disk ${disk.path} has format ${String(disk.format)}, not raw or qcow2`);
-    }
-  }
-  if (boot !== undefined && /[\0\n]/.test(boot.commandLine))
-    refuse(name, 'the kernel command line has a line end');
-  if (boot !== undefined && Buffer.byteLength(boot.commandLine) > KERNEL_COMMAND_LINE_BYTES_MAX) {
-    refuse(name, `the kernel command line is longer than ${KERNEL_COMMAND_LINE_BYTES_MAX} bytes`);
-  }
-  if (network !== 'user' && network !== 'none') refuse(name, `unknown network ${JSON.stringify(network)}`);
-  // The lowest bit of the first byte would make it a multicast address.
-  if (!/^[0-9a-f][02468ace](?::[0-9a-f]{2}){5}$/i.test(macAddress)) {
-    refuse(name, `${JSON.stringify(macAddress)} is no MAC address of one device, like 52:54:00:12:34:56`);
-  }
-  if (readyText !== undefined && (readyText === '' || /[\r\n]/.test(readyText))) {
-    refuse(name, 'readyText must be part of one line, and not empty');
-  }
-  if (generationId !== undefined && !UUID.test(generationId)) refuse(name, 'generationId must be a UUID');
+/** What an attached disk's node and device are called, and the device as -device and device_add have it. */
+export function attachedDisk({ id, slot }: { id: string; slot: number }) {
+  const [node, device] = [`attached${slot}`, `virtio-attached${slot}`];
+  const options = { driver: 'virtio-blk-pci', id: device, drive: node, serial: id.slice(0, SERIAL_LENGTH) };
+  return { node, device, options: { ...options, addr: slot.toString(16) } };
+}
+
+/** Ids of the devices of all disks. */
+export function diskDevices({ disks, seed }: MachineDescription): string[] {
+  const first = disks.filter((disk) => !isAttached(disk)).map((_, index) => `virtio-disk${index}`);
+  const attached = disks.filter(isAttached).map((disk) => attachedDisk(disk).device);
+  return [...first, ...(seed === undefined ? [] : ['virtio-seed']), ...attached];
 }
 
 /** QEMU's arguments for a checked description. Throws bad-request. */
 export function qemuArguments(description: MachineDescription, choices: QemuChoices): string[] {
   checkDescription(description);
   const { name, vcpus, memoryBytes, disks, boot, macAddress, network, generationId = 'auto' } = description;
-  const { accelerator, machine = 'pc', memoryImage } = choices;
+  const { accelerator, machine = 'pc', memoryImage, tap } = choices;
   const args: string[] = [];
   const add = (...words: string[]) => void args.push(...words);
   const addDevice = (options: Record<string, unknown>) => add('-device', JSON.stringify(options));
@@ -146,22 +120,37 @@ export function qemuArguments(description: MachineDescription, choices: QemuChoi
   );
   add('-object', 'rng-random,id=random,filename=/dev/urandom');
   addDevice({ driver: 'virtio-rng-pci', rng: 'random' });
-  disks.forEach((disk, index) => {
-    const file = { driver: 'file', filename: disk.path, discard: 'unmap', cache: DISK_CACHE };
-    const node = {
-      driver: disk.format,
-      'node-name': `disk${index}`,
-      'read-only': disk.readOnly,
-      ...DISK_OPTIONS,
-      file: { ...file, 'read-only': disk.readOnly },
-    };
-    add('-blockdev', JSON.stringify(node));
-    addDevice({ driver: 'virtio-blk-pci', id: `virtio-disk${index}`, drive: `disk${index}` });
-  });
-  if (network === 'user') {
-    add('-netdev', 'user,id=net0');
+  disks
+    .filter((disk) => !isAttached(disk))
+    .forEach((disk, index) => {
+      add('-blockdev', JSON.stringify(blockNode(disk, `disk${index}`)));
+      addDevice({ driver: 'virtio-blk-pci', id: `virtio-disk${index}`, drive: `disk${index}` });
+    });
+  if (network !== 'none') {
+    if (network === 'user') add('-netdev', 'user,id=net0');
+    else
+      add(
+        '-netdev',
+        JSON.stringify({ type: 'tap', id: 'net0', ifname: tap, script: 'no', downscript: 'no' }),
+      );
     addDevice({ driver: 'virtio-net-pci', netdev: 'net0', mac: macAddress });
   }
+  if (description.seed !== undefined) {
+    const disk = { path: SEED_FILE, format: 'raw' as const, readOnly: true };
+    add('-blockdev', JSON.stringify(blockNode(disk, 'seed')));
+    addDevice({ driver: 'virtio-blk-pci', id: 'virtio-seed', drive: 'seed', serial: 'seed' });
+  }
+  if (description.guestAgent === true) {
+    addDevice({ driver: 'virtio-serial-pci', id: 'serial' });
+    add('-chardev', `socket,id=agent,path=${AGENT_SOCKET},server=on,wait=off`);
+    addDevice({ driver: 'virtserialport', chardev: 'agent', name: 'org.qemu.guest_agent.0' });
+  }
+  for (const disk of disks.filter(isAttached)) {
+    const { node, options } = attachedDisk(disk);
+    add('-blockdev', JSON.stringify(blockNode(disk, node)));
+    addDevice(options);
+  }
+  if (description.firmware === 'uefi') add('-bios', UEFI_FILE);
   if (boot !== undefined) {
     add('-kernel', boot.kernel, '-append', boot.commandLine);
     if (boot.initrd !== undefined) add('-initrd', boot.initrd);

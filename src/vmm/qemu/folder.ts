@@ -8,16 +8,19 @@ import path from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { asGridError, errnoOf, GridError } from '../../core/errors.ts';
 import type { MachineDescription } from '../../core/machine.ts';
+import { checkDescription } from '../description.ts';
 import type { Accelerator } from './accelerator.ts';
 import {
-  checkDescription,
+  AGENT_SOCKET,
   CONSOLE_LOG,
   CONSOLE_SOCKET,
   IDENTITY_SOCKET,
   INCOMING_SOCKET,
   PID_FILE,
   QMP_SOCKET,
+  SEED_FILE,
 } from './command-line.ts';
+import { removeTap } from './tap.ts';
 
 /** A killed process goes at once, unless it is stuck in a disk's I/O. */
 export const KILL_TIMEOUT_MS = 10_000;
@@ -58,7 +61,8 @@ export async function readMachineRecord(folder: string): Promise<MachineRecord> 
 }
 
 export function removeRunFiles(folder: string): Promise<unknown> {
-  const names = [QMP_SOCKET, CONSOLE_SOCKET, IDENTITY_SOCKET, INCOMING_SOCKET, PID_FILE, RECORD_FILE];
+  const sockets = [QMP_SOCKET, CONSOLE_SOCKET, IDENTITY_SOCKET, INCOMING_SOCKET, AGENT_SOCKET];
+  const names = [...sockets, PID_FILE, SEED_FILE, RECORD_FILE];
   return Promise.all(names.map((name) => rm(path.join(folder, name), { force: true })));
 }
 
@@ -114,6 +118,8 @@ export async function killMachine(folder: string): Promise<boolean> {
       }
       await sleep(10);
     }
+    const record = await readMachineRecord(folder).catch(() => undefined);
+    if (typeof record?.description.network === 'object') await removeTap(record.description.macAddress);
     await removeRunFiles(folder);
     return true;
   } catch (error) {

@@ -12,28 +12,34 @@
  * dies: `adopt` takes it up again, `killMachine` (folder.ts) ends it. `ended` resolves after the process is gone and its sockets
  * are removed; the logs stay. Nothing here touches a disk's file: it may lie on a mount that this process serves.
  */
+import { writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { asGridError, errnoOf, GridError } from '../../core/errors.ts';
 import type {
+  IoLimits,
   Machine,
   MachineCapture,
   MachineDescription,
+  MachineDisk,
   MachineFiles,
   MachineState,
   MachineStatus,
 } from '../../core/machine.ts';
+import { seedImage } from '../seed.ts';
 import type { Accelerator } from './accelerator.ts';
+import { attachDisk, Departures, detachDisk, limitDisks } from './attached.ts';
 import { compatibilityOf, copyMemory, loadDeviceState, saveDeviceState } from './checkpoint.ts';
 import {
   CONSOLE_LOG,
   CONSOLE_SOCKET,
   IDENTITY_SOCKET,
-  QEMU_LOG,
   QMP_SOCKET,
   qemuArguments,
+  SEED_FILE,
 } from './command-line.ts';
-import { ConsoleLog, ConsoleWatch, lastWords } from './console.ts';
+import { checkDescription, checkLimits } from '../description.ts';
+import { ConsoleLog, ConsoleWatch, lastWords } from '../console.ts';
 import {
   KILL_TIMEOUT_MS,
   prepareFolder,
@@ -43,8 +49,12 @@ import {
   writeMachineRecord,
 } from './folder.ts';
 import { DiskFull } from './disk-full.ts';
-import { adoptProcess, startProcess, type QemuProcess } from './process.ts';
+import { askGuestAgent } from './guest-agent.ts';
+import { adoptProcess, type RunningProcess } from '../process.ts';
+import { qemuWords, startProcess } from './process.ts';
 import { QmpClient, type QmpEvent } from './qmp.ts';
+import { makeTap, removeTap } from './tap.ts';
+import { within } from '../within.ts';
 
 /** From exec to an answer on QMP: libraries and disks on a slow mount are read meanwhile. */
 const ANSWER_TIMEOUT_MS = 30_000;
@@ -53,13 +63,11 @@ const CONNECT_INTERVAL_MS = 5;
 const QUIT_TIMEOUT_MS = 3_000;
 /** A guest that is still booting misses the power button; it is pressed again. */
 const POWERDOWN_INTERVAL_MS = 2_000;
+/** A guest that writes much takes a while to have it all on its disk; one without an agent says nothing. */
+const AGENT_TIMEOUT_MS = 10_000;
 /** How long after the exit QMP's last events may still be on their way. */
 const LAST_EVENTS_MS = 1_000;
 const CONSOLE_LINES = 3;
-/** Some of its errors have a second line that explains. */
-const QEMU_LINES = 2;
-/** Node's timers count in 31 bits and fire at once beyond. */
-const TIMER_MS_MAX = 2 ** 31 - 1;
 
 export interface StartOptions {
   /** Path of the QEMU program. */
@@ -85,13 +93,14 @@ interface Facts {
 }
 
 export class QemuMachine implements Machine {
-  readonly description: MachineDescription;
   readonly consoleSocket: string;
   readonly identitySocket: string;
   readonly consoleLog: string;
   readonly ended: Promise<MachineStatus>;
   readonly #options: Omit<StartOptions, 'program' | 'from'>;
-  readonly #process: QemuProcess;
+  #description: MachineDescription;
+  readonly #departures = new Departures();
+  readonly #process: RunningProcess;
   readonly #startMs: number;
   readonly #memoryImage: string | undefined;
   readonly #log: ConsoleLog;
@@ -111,10 +120,14 @@ export class QemuMachine implements Machine {
   #stopAsked = false;
   #stopping: Promise<void> | undefined;
 
-  private constructor(options: Omit<StartOptions, 'program' | 'from'>, process: QemuProcess, facts: Facts) {
+  private constructor(
+    options: Omit<StartOptions, 'program' | 'from'>,
+    process: RunningProcess,
+    facts: Facts,
+  ) {
     const { folder } = options;
     this.#options = options;
-    this.description = options.description;
+    this.#description = options.description;
     this.#process = process;
     this.#startMs = performance.now();
     this.#memoryImage = facts.memoryImage;
@@ -131,15 +144,21 @@ export class QemuMachine implements Machine {
   static async start(options: StartOptions): Promise<QemuMachine> {
     const { program, accelerator, description, log, from } = options;
     const folder = path.resolve(options.folder);
+    checkDescription(description);
+    await prepareFolder(folder);
+    const { network, macAddress, seed } = description;
+    const tap = typeof network === 'object' ? await makeTap(network.bridge, macAddress) : undefined;
     const args = qemuArguments(description, {
       accelerator,
       ...(from === undefined ? {} : { machine: from.machine, memoryImage: from.memoryImage }),
+      ...(tap === undefined ? {} : { tap }),
     });
-    await prepareFolder(folder);
-    let process: QemuProcess;
+    let process: RunningProcess;
     try {
+      if (seed !== undefined) await writeFile(path.join(folder, SEED_FILE), seedImage(seed), { mode: 0o600 });
       process = await startProcess(program, args, folder, (text) => log(`${description.name}: ${text}`));
     } catch (error) {
+      if (tap !== undefined) await removeTap(macAddress);
       throw asGridError(error, `cannot start ${program} for ${description.name}`, 'vm-failed');
     }
     log(`${description.name}: ${program} started, pid ${process.pid}, ${accelerator}`);
@@ -148,6 +167,7 @@ export class QemuMachine implements Machine {
     try {
       if (from === undefined) machine.#watchConsole();
       await machine.#connect();
+      if (description.limits !== undefined) await limitDisks(machine.#qmp!, description, description.limits);
       if (from === undefined) {
         if (description.readyText === undefined) machine.#state = 'running';
       } else {
@@ -236,20 +256,50 @@ export class QemuMachine implements Machine {
     return this.#qmp.execute(command, commandArguments);
   }
 
+  get description(): MachineDescription {
+    return this.#description;
+  }
+
+  async attach(disk: MachineDisk & { readonly id: string }): Promise<void> {
+    await this.#change((qmp) => attachDisk(qmp, this.#description, disk));
+  }
+
+  async detach(id: string, timeoutMs: number): Promise<void> {
+    await this.#change((qmp) => detachDisk(qmp, this.#departures, this.#description, id, timeoutMs));
+  }
+
+  async setLimits(limits: IoLimits): Promise<void> {
+    checkLimits(this.#description.name, limits);
+    await this.#change(async (qmp) => {
+      await limitDisks(qmp, this.#description, limits);
+      return { ...this.#description, limits };
+    });
+  }
+
+  async #change(work: (qmp: QmpClient) => Promise<MachineDescription>): Promise<void> {
+    if (this.#qmp === undefined) throw new GridError('closed', `${this.#description.name} is not running`);
+    this.#description = await work(this.#qmp);
+    await this.#record();
+  }
+
   async capture(files: MachineFiles): Promise<MachineCapture> {
-    const { description, folder, accelerator } = this.#options;
+    const { folder, accelerator } = this.#options;
+    const description = this.#description;
     const before = this.#state;
-    await this.execute('stop');
-    this.#state = 'paused';
     try {
+      if (before === 'running') await this.#quiesce();
+      await this.execute('stop');
+      this.#state = 'paused';
       await saveDeviceState(this.#qmp!, folder, files.deviceState);
       return {
         compatibility: await compatibilityOf(this.#qmp!, accelerator),
         memoryWrittenBytes: await copyMemory(this.#process.pid, description, files.memory, this.#memoryImage),
       };
     } catch (error) {
-      if (this.#isAlive() && before !== 'paused')
-        await this.execute('cont').then(() => (this.#state = before));
+      if (this.#isAlive() && before !== 'paused') {
+        await this.proceed();
+        this.#state = before;
+      }
       throw asGridError(error, `${description.name} cannot be captured`, 'vm-failed');
     }
   }
@@ -257,6 +307,22 @@ export class QemuMachine implements Machine {
   async proceed(): Promise<void> {
     await this.execute('cont');
     this.#state = 'running';
+    // Also of a machine that was resumed: it was captured with its file systems held still.
+    if (this.#description.guestAgent === true) void this.#tellAgent('guest-fsfreeze-thaw');
+  }
+
+  async #quiesce(): Promise<void> {
+    if (this.#description.guestAgent === true) await this.#tellAgent('guest-fsfreeze-freeze');
+  }
+
+  /** Where the agent does not answer, the guest is like one that has none. */
+  async #tellAgent(command: string): Promise<void> {
+    try {
+      const answer = await askGuestAgent(this.#options.folder, command, AGENT_TIMEOUT_MS);
+      this.#options.log(`${this.#description.name}: ${command}: ${JSON.stringify(answer)}`);
+    } catch (error) {
+      this.#options.log(`${this.#description.name}: ${String(error)}`);
+    }
   }
 
   #isAlive(): boolean {
@@ -284,7 +350,8 @@ export class QemuMachine implements Machine {
 
   /** Tells a later process what it needs to adopt this machine. */
   async #record(): Promise<void> {
-    const { folder, description, accelerator } = this.#options;
+    const { folder, accelerator } = this.#options;
+    const description = this.#description;
     try {
       await writeMachineRecord(folder, {
         schema: 1,
@@ -342,6 +409,7 @@ export class QemuMachine implements Machine {
   #onEvent(event: QmpEvent): void {
     this.#diskFull.heard(event);
     if (event.event === 'SHUTDOWN') this.#shutdown = String(event.data['reason']);
+    if (event.event === 'DEVICE_DELETED') this.#departures.gone(String(event.data['device']));
   }
 
   /** QMP broke: QEMU is ending, so its exit says why. */
@@ -349,7 +417,15 @@ export class QemuMachine implements Machine {
     this.#process.look();
     if (this.#isAlive()) await within(LAST_EVENTS_MS, this.#process.exited);
     const words = await qemuWords(this.#options.folder);
-    return [describeExit(...(this.#process.exit ?? [null, null])), words].filter(Boolean).join(': ');
+    return [this.#describeExit(...(this.#process.exit ?? [null, null])), words].filter(Boolean).join(': ');
+  }
+
+  #describeExit(code: number | null, signal: NodeJS.Signals | null): string {
+    // What the kernel does to a program that touches a page which its file cannot give.
+    if (signal === 'SIGBUS' && this.#memoryImage !== undefined)
+      return `a page of its memory image ${this.#memoryImage} cannot be read (SIGBUS)`;
+    if (signal !== null) return `QEMU was killed by ${signal}`;
+    return code === null ? 'QEMU ended' : `QEMU ended with status ${code}`;
   }
 
   async #end(code: number | null, signal: NodeJS.Signals | null): Promise<MachineStatus> {
@@ -369,10 +445,11 @@ export class QemuMachine implements Machine {
     } else {
       const qemu = await qemuWords(folder);
       const guest = await lastWords(this.consoleLog, CONSOLE_LINES);
-      const exit = describeExit(code, signal);
+      const exit = this.#describeExit(code, signal);
       this.#reason = (qemu === '' ? exit : `${exit}: ${qemu}`) + (guest === '' ? '' : `; console: ${guest}`);
       this.#state = 'failed';
     }
+    if (typeof description.network === 'object') await removeTap(description.macAddress);
     await removeRunFiles(folder).catch((error: unknown) => log(`${description.name}: ${String(error)}`));
     log(`${description.name}: ${this.#state}${this.#reason === undefined ? '' : `, ${this.#reason}`}`);
     return this.status();
@@ -410,26 +487,4 @@ export class QemuMachine implements Machine {
     }
     return timeoutMs > 0 && (await within(timeoutMs, this.ended)) !== undefined;
   }
-}
-
-/** What the promise resolves with, or undefined when it takes longer; no timer is left either way. */
-async function within<T>(timeoutMs: number, promise: Promise<T>): Promise<T | undefined> {
-  const timer = new AbortController();
-  const late = sleep(Math.min(timeoutMs, TIMER_MS_MAX), undefined, { signal: timer.signal });
-  try {
-    return await Promise.race([promise, late.catch(() => undefined)]);
-  } finally {
-    timer.abort();
-  }
-}
-
-function describeExit(code: number | null, signal: NodeJS.Signals | null): string {
-  if (signal !== null) return `QEMU was killed by ${signal}`;
-  return code === null ? 'QEMU ended' : `QEMU ended with status ${code}`;
-}
-
-/** What QEMU said last, without its name and without the option's text, which can be long JSON. */
-async function qemuWords(folder: string): Promise<string> {
-  const words = await lastWords(path.join(folder, QEMU_LOG), QEMU_LINES);
-  return words.replaceAll(/qemu-system-\w+: (?:-\w+ \{.*?\}: )?/g, '');
 }

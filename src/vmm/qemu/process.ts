@@ -4,27 +4,11 @@
  */
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { readFileSync } from 'node:fs';
 import { open } from 'node:fs/promises';
 import path from 'node:path';
-import { isRunning } from '../../core/linux.ts';
+import { lastWords } from '../console.ts';
+import type { Exit, RunningProcess } from '../process.ts';
 import { QEMU_LOG } from './command-line.ts';
-
-/** How often an adopted process is looked at; its QMP connection, which ends with it, says so sooner. */
-const LOOK_INTERVAL_MS = 250;
-
-/** Status or signal, as in Node's 'exit' event; both null for an adopted process. */
-export type Exit = readonly [code: number | null, signal: NodeJS.Signals | null];
-
-export interface QemuProcess {
-  readonly pid: number;
-  /** Undefined while it runs. */
-  readonly exit: Exit | undefined;
-  readonly exited: Promise<Exit>;
-  kill(): void;
-  /** Looks now whether it is gone. */
-  look(): void;
-}
 
 /** Starts QEMU in a session of its own, at home in `folder`, its words in `qemu.log` there. */
 export async function startProcess(
@@ -32,7 +16,7 @@ export async function startProcess(
   args: readonly string[],
   folder: string,
   onError: (message: string) => void,
-): Promise<QemuProcess> {
+): Promise<RunningProcess> {
   const output = await open(path.join(folder, QEMU_LOG), 'w', 0o600);
   try {
     const child = spawn(program, args, {
@@ -62,38 +46,11 @@ export async function startProcess(
   }
 }
 
-/** When the process started, in clock ticks since boot (field 22 of /proc/PID/stat, see proc(5)): with the pid it
- * names one process. */
-function startTicks(pid: number): string | undefined {
-  try {
-    const stat = readFileSync(`/proc/${pid}/stat`, 'utf8');
-    return stat.slice(stat.lastIndexOf(')') + 2).split(' ')[19];
-  } catch {
-    return undefined;
-  }
-}
+/** Some of its errors have a second line that explains. */
+const QEMU_LINES = 2;
 
-/** The running process `pid`, which somebody else started. */
-export function adoptProcess(pid: number): QemuProcess {
-  const ticks = startTicks(pid);
-  const isSame = () => isRunning(pid) && startTicks(pid) === ticks;
-  const { promise, resolve } = Promise.withResolvers<Exit>();
-  let exit: Exit | undefined;
-  const look = () => {
-    if (exit !== undefined || isSame()) return;
-    clearInterval(timer);
-    resolve((exit = [null, null]));
-  };
-  const timer = setInterval(look, LOOK_INTERVAL_MS);
-  return {
-    pid,
-    get exit() {
-      return exit;
-    },
-    exited: promise,
-    kill: () => {
-      if (isSame()) process.kill(pid, 'SIGKILL');
-    },
-    look,
-  };
+/** What QEMU said last, without its name and without the option's text, which can be long JSON. */
+export async function qemuWords(folder: string): Promise<string> {
+  const words = await lastWords(path.join(folder, QEMU_LOG), QEMU_LINES);
+  return words.replaceAll(/qemu-system-\w+: (?:-\w+ \{.*?\}: )?/g, '');
 }

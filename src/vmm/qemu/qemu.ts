@@ -1,9 +1,12 @@
 /** QEMU as a `Vmm`: finds the program, chooses the accelerator, starts machines. */
+import { existsSync } from 'node:fs';
 import { GridError } from '../../core/errors.ts';
-import type { Vmm } from '../../core/machine.ts';
-import { chooseAccelerator, findProgram, type Accelerator } from './accelerator.ts';
+import type { MachineDescription, Vmm } from '../../core/machine.ts';
+import { checkDescription } from '../description.ts';
+import { findProgram } from '../program.ts';
+import { chooseAccelerator, type Accelerator } from './accelerator.ts';
 import { checkCompatibility, readDeviceState } from './checkpoint.ts';
-import { checkDescription } from './command-line.ts';
+import { UEFI_FILE } from './command-line.ts';
 import { killMachine } from './folder.ts';
 import { QemuMachine } from './machine.ts';
 
@@ -23,25 +26,32 @@ export function createQemu(options: QemuOptions = {}): Vmm {
   const binary = options.binary ?? PROGRAM;
   const missing = `${binary} is not installed or not executable; it is in the Debian package ${PACKAGE}`;
   const log = options.log ?? (() => undefined);
-  const findQemu = async () => {
+  const findQemu = async (description: MachineDescription) => {
+    checkDescription(description);
     const program = await findProgram(binary);
     if (program === undefined) throw new GridError('unsupported', missing);
+    const firmware = description.firmware === 'uefi' ? UEFI_FILE : undefined;
+    if (firmware !== undefined && !existsSync(firmware)) {
+      throw new GridError(
+        'unsupported',
+        `${description.name} starts by UEFI, and ${firmware} is not there; it is in the Debian package ovmf`,
+      );
+    }
     return { program, ...(await chooseAccelerator(options.accelerator ?? 'auto')) };
   };
   return {
     name: 'qemu',
+    lacks: new Set(),
     async probe() {
       if ((await findProgram(binary)) === undefined) return { usable: false, reason: missing };
       return { usable: true, ...(await chooseAccelerator(options.accelerator ?? 'auto')) };
     },
     async start(description, folder) {
-      checkDescription(description);
-      const { program, accelerator } = await findQemu();
+      const { program, accelerator } = await findQemu(description);
       return QemuMachine.start({ program, accelerator, description, folder, log });
     },
     async resume(description, folder, files, compatibility) {
-      checkDescription(description);
-      const { program, accelerator } = await findQemu();
+      const { program, accelerator } = await findQemu(description);
       await checkCompatibility(compatibility, accelerator, description.name);
       const deviceState = await readDeviceState(files.deviceState);
       const from = { machine: compatibility.machine, memoryImage: files.memory, deviceState };

@@ -6,7 +6,7 @@
  */
 import type { Socket } from 'node:net';
 import { asGridError, GridError } from '../../core/errors.ts';
-import { connectSocket } from './socket.ts';
+import { connectSocket } from '../socket.ts';
 
 export interface QmpEvent {
   readonly event: string;

@@ -5,9 +5,9 @@
 import { closeSync, fstatSync, openSync, watch, type FSWatcher } from 'node:fs';
 import { open, type FileHandle } from 'node:fs/promises';
 import { StringDecoder } from 'node:string_decoder';
-import { errnoOf } from '../../core/errors.ts';
-import { MIB } from '../../core/limits.ts';
-import { punchHole } from '../../core/linux.ts';
+import { errnoOf } from '../core/errors.ts';
+import { MIB } from '../core/limits.ts';
+import { punchHole } from '../core/linux.ts';
 
 /** Looked at again even without a word from inotify, whose watches can run out. */
 const LOOK_INTERVAL_MS = 250;

@@ -1,0 +1,44 @@
+/** What the machines of a host are given, and what makes one of them run. */
+import type { Digest } from '../core/bytes.ts';
+import type { Machine } from '../core/machine.ts';
+import type { Manifest } from '../core/manifest.ts';
+import type { VmMemory, VmVolume } from './vm-record.ts';
+
+/** What the machines need to know of images; given by whoever wires the agent. */
+export interface MachineCatalog {
+  resolve(reference: string): Promise<{ digest: Digest; manifest: Manifest; folder: string }>;
+  manifestOf(digest: Digest): Promise<{ manifest: Manifest; folder: string | undefined }>;
+  /** The first `lengthBytes` of an image's content. */
+  read(digest: Digest, lengthBytes: number): Promise<Buffer>;
+  /** Where a clone's disk is on the mount. */
+  diskOf(cloneId: string): string;
+}
+
+/** Where the processes of VMs are put, for the operator to weigh them. */
+export interface MachineGroups {
+  place(child: string, pid: number): Promise<void>;
+  remove(child: string): Promise<void>;
+}
+
+/** A VM that is about to run. */
+export interface Launch {
+  readonly id: string;
+  readonly image: string;
+  readonly clone: string;
+  readonly discards: boolean;
+  readonly readyText?: string;
+  readonly memory?: VmMemory;
+  readonly answers?: boolean;
+  readonly nonce?: string;
+  /** It goes on from a checkpoint in the store, and is no fork of it but the very machine. */
+  readonly same?: boolean;
+  readonly volumes?: readonly VmVolume[];
+  readonly requestedAtMs: number;
+  readonly clonedMs: number;
+  /** Images that it opens, those it needs first in front. */
+  readonly opens: readonly Digest[];
+  /** Makes the machine: booting, or paused and then let go by `proceed`. */
+  begin(folder: string): Promise<Machine>;
+  /** Called when the VM is on record and paused: from here on its guest runs. */
+  proceed?(machine: Machine): Promise<void>;
+}

@@ -1,0 +1,66 @@
+/** Containers through the Vmm suites, where they apply; and what is theirs alone: one outlives its daemon. */
+import assert from 'node:assert/strict';
+import { execFileSync, spawn } from 'node:child_process';
+import { once } from 'node:events';
+import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
+import { after, test } from 'node:test';
+import { buildGuest, guestCacheFolder } from '../../bench/guest/build.ts';
+import { isRoot } from '../../src/core/linux.ts';
+import { createContainers } from '../../src/vmm/index.ts';
+import { vmmDevicesSuite } from '../suites/vmm-devices.ts';
+import { failsWith, vmmSuite } from '../suites/vmm.ts';
+
+const smallGuest = () => buildGuest({ guest: 'small', folder: path.join(guestCacheFolder(), 'small') });
+const temporary = mkdtempSync(path.join(os.tmpdir(), 'gridvfs-container-'));
+after(() => rmSync(temporary, { recursive: true, force: true }));
+
+if (isRoot()) {
+  vmmSuite('container', createContainers(), smallGuest);
+  vmmDevicesSuite('container', createContainers(), smallGuest);
+
+  test('a container outlives a killed daemon, is adopted by the next one, and leaves no mount and no loop device', async () => {
+    const guest = await smallGuest();
+    const disk = path.join(temporary, 'disk.raw');
+    execFileSync('cp', ['--sparse=always', guest.disk, disk]);
+    const folder = mkdtempSync(path.join(temporary, 'machine-'));
+    const description = {
+      name: 'orphan',
+      vcpus: 1,
+      memoryBytes: guest.memoryBytes,
+      disks: [{ path: disk, format: 'raw' as const, readOnly: false }],
+      macAddress: '52:54:00:00:00:07',
+      network: 'none' as const,
+    };
+    const program = `
+      const { createContainers } = await import(${JSON.stringify(path.resolve('src/vmm/index.ts'))});
+      const machine = await createContainers().start(${JSON.stringify(description)}, ${JSON.stringify(folder)});
+      console.log(machine.status().pid);
+      setInterval(() => undefined, 1000);`;
+    const daemon = spawn(process.execPath, ['--input-type=module', '-e', program], {
+      stdio: ['ignore', 'pipe', 'inherit'],
+    });
+    const pid = Number(String((await once(daemon.stdout, 'data'))[0]));
+    daemon.kill('SIGKILL');
+    await once(daemon, 'exit');
+    assert.ok(existsSync(`/proc/${pid}/exe`), 'the container went with the daemon');
+    const adopted = (await createContainers().adopt(folder))!;
+    assert.deepEqual([adopted.status().state, adopted.status().pid], ['running', pid]);
+    await assert.rejects(createContainers().start(description, folder), failsWith('in-use', /still runs/));
+    await adopted.stop(0);
+    assert.equal((await adopted.ended).state, 'stopped');
+    assert.deepEqual(
+      readdirSync(folder).filter((name) => !name.endsWith('.log')),
+      [],
+    );
+    assert.ok(
+      !execFileSync('losetup', ['--list', '--output', 'BACK-FILE'], { encoding: 'utf8' }).includes(disk),
+    );
+    assert.ok(!readFileSync('/proc/self/mountinfo', 'utf8').includes(folder));
+    await assert.rejects(
+      createContainers().start({ ...description, network: 'user' }, folder),
+      failsWith('unsupported', /no network/),
+    );
+  });
+}
