@@ -9,16 +9,16 @@
  * wait first takes itself out of AWAKE and then looks at RESTING: one of both sees the other.
  */
 
+/** As in mount.ts: a token for everybody. */
 const WORKERS_MAX = 64;
 
 const AWAKE = 0;
 const RESTING = 1;
 const TOKENS = 2;
-const OVER = 3;
 
 /** Shared by all workers of a mount. */
 export function newTurns(workers: number): SharedArrayBuffer {
-  const shared = new SharedArrayBuffer(4 * Int32Array.BYTES_PER_ELEMENT);
+  const shared = new SharedArrayBuffer(3 * Int32Array.BYTES_PER_ELEMENT);
   new Int32Array(shared)[AWAKE] = workers;
   return shared;
 }
@@ -38,7 +38,7 @@ export class Turns {
     const words = this.#words;
     if (Atomics.load(words, AWAKE) <= this.#awakeMax || !this.#change(AWAKE, -1, this.#awakeMax + 1)) return;
     Atomics.add(words, RESTING, 1);
-    while (Atomics.load(words, OVER) === 0) {
+    for (;;) {
       // What a worker that waits handed on, or what it could not hand on because it looked too early.
       if (this.#change(TOKENS, -1, 1)) break;
       if (Atomics.load(words, AWAKE) < this.#awakeMax) {
@@ -67,8 +67,6 @@ export class Turns {
 
   /** The device is gone: nobody rests any more. */
   end(): void {
-    Atomics.store(this.#words, OVER, 1);
-    // One that is just about to sleep finds them changed.
     Atomics.add(this.#words, TOKENS, WORKERS_MAX);
     Atomics.notify(this.#words, TOKENS);
   }
