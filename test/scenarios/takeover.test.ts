@@ -181,8 +181,8 @@ suite('a proxy that dies under load', () => {
         times++;
         await world.succeeds('cmp', raw, whole);
         await passing.goesOn();
-        assert.ok((await status()).mount.passthroughOpens > 0, 'the new proxy opens by passthrough too');
       }
+      assert.ok((await status()).mount.passthroughOpens > 0, 'the last proxy opened by passthrough too');
       await passing.finish();
       const { code, stdout, stderr } = await fio;
       t.diagnostic(`${times} times, ${waited} of them with requests in flight`);
