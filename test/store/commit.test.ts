@@ -140,8 +140,8 @@ test('what lies around changed blocks is read where it is here, and taken from t
 });
 
 /**
- * Guarded lines, tried by taking them out: commit.ts publish, `return undefined` (the version names a chunk that is
- * not there) and #checkTakenOver (the same, of the parent's).
+ * Guarded lines of commit.ts publish, tried by taking them out: `writer.publish`, with a flush in its place (the
+ * version names a chunk that is not there); #checkTakenOver (the same, of the parent's).
  */
 test('what a collection takes from under a commit is stored by a second pass; without its parent it is refused', async () => {
   const { store, content, options } = await makeDisk(64 * CHUNK);
