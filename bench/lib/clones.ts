@@ -1,5 +1,5 @@
 /** What the benches of clones share: a store with a cache and clones over it in this process, rows, seeded numbers. */
-import { closeSync, ftruncateSync, openSync } from 'node:fs';
+import { closeSync, fsyncSync, ftruncateSync, openSync } from 'node:fs';
 import { writeFile } from 'node:fs/promises';
 import os from 'node:os';
 import path from 'node:path';
@@ -48,6 +48,9 @@ export async function cloneWorld(
   fill(fd);
   closeSync(fd);
   await finish(raw);
+  const whole = openSync(raw, 'r');
+  fsyncSync(whole); // otherwise the import waits for these writes, too
+  closeSync(whole);
   const storeFolder = path.join(folder, 'store');
   await initStore(storeFolder);
   const store = await openStore(storeFolder);
