@@ -81,6 +81,7 @@ function rowsOf(
     ['  chunks stored', result.newChunks, ''],
     ['  stored', result.newStoredBytes / MIB, 'MiB'],
   ];
+  say(`${what}: ${seconds.toFixed(2)} s, ${((100_000 * seconds) / importMs).toFixed(1)} % of the import`);
   return [
     { case: 'commit', subject: what, value: seconds, unit: 's', ratio: (1000 * seconds) / importMs },
     ...counts.map(([subject, value, unit]): Row => ({ case: 'commit', subject, value, unit })),
