@@ -78,7 +78,9 @@ export class Lives {
 
   async #begin(tx: Queries, vm: VmRow, verb: LifeVerb, options: LifeOptions, job: string): Promise<void> {
     const needs = verb === 'resume' ? 'suspended' : 'running';
-    if (vm.state !== needs) {
+    // One that waits for a host with room may be told another.
+    const waits = verb === 'resume' && vm.state === 'requested' && vm.checkpoint !== null;
+    if (vm.state !== needs && !waits) {
       throw new GridError('in-use', `VM '${vm.name}' is ${vm.state}; only one that is ${needs} can do this`);
     }
     if (options.host !== undefined) await this.#checkHost(tx, options.host);

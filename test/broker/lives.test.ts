@@ -8,6 +8,8 @@ import { Databases, DIALECTS, eventually, version } from './harness.ts';
 import { scene } from './scene.ts';
 
 const QUICK_LEASE = { leaseMs: 1_500, marginMs: 1_000 };
+/** Reports as often, and nobody is taken for silent on a machine under load. */
+const QUICK_REPORTS = { leaseMs: 1_500, marginMs: 60_000 };
 
 for (const dialect of DIALECTS) {
   suite(`the lives of VMs on ${dialect}`, () => {
@@ -145,9 +147,26 @@ for (const dialect of DIALECTS) {
       assert.equal(to.machines.running().length, 1);
     });
 
+    test('a VM that waits for a host with room can be told another', async () => {
+      await using stack = new AsyncDisposableStack();
+      const { user, hosts, request, act, vm, hostOf } = await scene(stack, databases, ['a', 'b']);
+      const big = { memoryBytes: 12 * GIB };
+      const one = await request({ name: 'one', ...big });
+      assert.equal(one.state, 'running');
+      await act('one', 'suspend');
+      await request({ name: 'two', ...big });
+      const taken = hostOf(await vm('two'));
+      const free = hosts.find((host) => host !== taken)!;
+      const first = await user.call<JobInfo>('POST', '/v1/vms/one/resume', { host: taken.facts.host });
+      await eventually(async () => /is not up, or not one that/.test((await vm('one')).reason ?? ''));
+      assert.equal((await act('one', 'resume', { host: free.facts.host })).state, 'done');
+      assert.equal((await vm('one')).host, free.facts.host);
+      assert.equal((await user.call<JobInfo>('GET', `/v1/jobs/${first.id}`)).state, 'done');
+    });
+
     test('a VM that was suspended on its host by hand becomes a checkpoint that others can resume', async () => {
       await using stack = new AsyncDisposableStack();
-      const { request, act, vm, hostOf } = await scene(stack, databases, ['a'], QUICK_LEASE);
+      const { request, act, vm, hostOf } = await scene(stack, databases, ['a'], QUICK_REPORTS);
       const one = await request({ name: 'one' });
       await hostOf(one).machines.suspend(one.placedAs!);
       await eventually(async () => (await vm('one')).state === 'suspended');
@@ -156,7 +175,7 @@ for (const dialect of DIALECTS) {
 
     test('a commit makes a version that is its user’s own, and nobody else’s until it is shared', async () => {
       await using stack = new AsyncDisposableStack();
-      const { running, user, hosts, request, act } = await scene(stack, databases, ['a'], QUICK_LEASE);
+      const { running, user, hosts, request, act } = await scene(stack, databases, ['a'], QUICK_REPORTS);
       await request({ name: 'one' });
       const bob = await running.as('bob');
       const commit = (reference: string) => act('one', 'commit', { reference });
