@@ -33,7 +33,7 @@ class MortalBroker {
 
   constructor(database: string, folder: string) {
     this.socket = path.join(folder, `s${randomBytes(4).toString('hex')}.sock`);
-    this.#arguments = [CHILD, database, this.socket, '4000', '4000'];
+    this.#arguments = [CHILD, database, this.socket, '10000', '20000'];
   }
 
   async start(): Promise<void> {
