@@ -1,0 +1,259 @@
+/**
+ * Virtual networks: what the switch carries, in megabits a second, in one run, interleaved, medians.
+ *
+ * processes: two programs that speak QEMU's format, through one host's switch, and through two hosts' switches and a
+ *   channel of an ssh tunnel between them. Hosts and programs are processes of their own.
+ * guests: two small guests (emulated) that have three network devices each: QEMU's own socket netdev between them,
+ *   one host's switch, two hosts' switches with the tunnel. What is measured is `dd | nc` from one guest to the other;
+ *   `ratio` is to QEMU's own netdev with the same frame size in the same run.
+ */
+import { spawn } from 'node:child_process';
+import type { ChildProcess } from 'node:child_process';
+import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import net from 'node:net';
+import os from 'node:os';
+import path from 'node:path';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { parseArgs } from 'node:util';
+import { table } from '../src/cli/kit.ts';
+import { buildGuest, guestCacheFolder } from './guest/build.ts';
+import type { BuiltGuest } from './guest/build.ts';
+import { startService } from './lib/child.ts';
+import type { Service } from './lib/child.ts';
+import { hostFacts, median } from './lib/facts.ts';
+
+const { values } = parseArgs({
+  options: {
+    runs: { type: 'string', default: '3' },
+    seconds: { type: 'string', default: '2' },
+    only: { type: 'string' },
+    json: { type: 'string' },
+  },
+});
+const runs = Number(values.runs);
+const seconds = Number(values.seconds);
+const folder = mkdtempSync(path.join(os.tmpdir(), 'gridvfs-network-'));
+const say = (text: string) => process.stderr.write(`${text}\n`);
+const at = (name: string) => path.join(folder, name);
+
+interface Row {
+  case: string;
+  subject: string;
+  frameBytes: number;
+  value: number;
+  unit: 'Mbit/s';
+  runs: number[];
+  ratio?: number;
+}
+
+const services: Service[] = [];
+const machines: ChildProcess[] = [];
+const start = async (role: string, name: string) => {
+  const service = await startService('bench/lib/network-part.ts', [role, name]);
+  services.push(service);
+  return service;
+};
+const tell = (service: Service, command: object) => service.ask(JSON.stringify(command));
+
+/** Two hosts and the tunnel between them for network `far`. */
+async function startHosts(): Promise<[Service, Service]> {
+  const [one, two] = [await start('host', 'one'), await start('host', 'two')];
+  const { port } = await tell(two, { listen: true });
+  await tell(one, { connect: { port, network: 'far' } });
+  return [one, two];
+}
+
+const MACS = ['52:54:00:00:00:01', '52:54:00:00:00:02'] as const;
+
+async function processes(one: Service, two: Service): Promise<Row[]> {
+  const subjects: { name: string; source: Service; sink: Service }[] = [];
+  for (const [network, name, other] of [
+    ['near', 'one switch', one],
+    ['far', 'two switches, ssh tunnel', two],
+  ] as const) {
+    const [source, sink] = [at(`${network}-a`), at(`${network}-b`)];
+    const pair = { name, source: await start('machine', source), sink: await start('machine', sink) };
+    await tell(one, { plug: { network, machine: 'source', socket: source } });
+    await tell(other, { plug: { network, machine: 'sink', socket: sink } });
+    await tell(pair.sink, { say: MACS[1] });
+    subjects.push(pair);
+  }
+  await sleep(500);
+  const measured = new Map<string, number[]>();
+  for (let run = 0; run < runs; run++) {
+    for (const frameBytes of [1514, 9014]) {
+      for (const { name, source, sink } of subjects) {
+        const before = Number((await tell(sink, { count: true }))['received']);
+        const startMs = performance.now();
+        await tell(source, { send: { to: MACS[1], from: MACS[0], seconds, frameBytes } });
+        const after = Number((await tell(sink, { count: true }))['received']);
+        const value = ((after - before) * 8) / (performance.now() - startMs) / 1000;
+        const key = JSON.stringify([name, frameBytes]);
+        measured.set(key, [...(measured.get(key) ?? []), value]);
+        say(`processes, ${name}, ${frameBytes}: ${value.toFixed(0)} Mbit/s`);
+        await sleep(100);
+      }
+    }
+  }
+  return [...measured].map(([key, all]) => {
+    const [subject, frameBytes] = JSON.parse(key) as [string, number];
+    return { case: 'processes', subject, frameBytes, value: median(all), unit: 'Mbit/s', runs: all };
+  });
+}
+
+/** A guest's console. */
+class Console {
+  readonly #socket: net.Socket;
+  #text = '';
+
+  constructor(socket: net.Socket) {
+    this.#socket = socket;
+    socket.on('data', (piece: Buffer) => (this.#text += piece.toString('latin1')));
+  }
+
+  static async open(file: string): Promise<Console> {
+    for (let attempt = 0; ; attempt++) {
+      const socket = net.connect(file);
+      try {
+        await new Promise((resolve, reject) => socket.once('connect', resolve).once('error', reject));
+        return new Console(socket);
+      } catch (error) {
+        if (attempt > 200) throw error;
+        await sleep(50);
+      }
+    }
+  }
+
+  async seen(text: string, timeoutMs = 60_000): Promise<void> {
+    const endMs = performance.now() + timeoutMs;
+    while (!this.#text.includes(text)) {
+      if (performance.now() > endMs)
+        throw new Error(`no '${text}'; the guest said ${this.#text.slice(-400)}`);
+      await sleep(2);
+    }
+  }
+
+  #count = 0;
+
+  /** Runs a command and waits for its end. */
+  async run(command: string, timeoutMs?: number): Promise<void> {
+    const mark = `end-${this.#count++}`;
+    this.#text = '';
+    // In two parts, so that the echo of the line is not taken for its output.
+    this.#socket.write(`${command}; echo "${mark.slice(0, 3)}""${mark.slice(3)}"\n`);
+    await this.seen(mark, timeoutMs);
+  }
+}
+
+function startGuest(guest: BuiltGuest, index: number, netdevs: readonly string[]): Promise<Console> {
+  const console = at(`console-${index}`);
+  const args = [
+    ...['-nodefaults', '-display', 'none', '-machine', 'pc,usb=off', '-accel', 'tcg,thread=multi'],
+    ...['-cpu', 'max,la57=off', '-m', '128M', '-kernel', guest.kernel, '-initrd', guest.initrd],
+    ...['-append', guest.commandLine, '-drive', `file=${guest.disk},format=raw,if=virtio,snapshot=on`],
+    ...['-chardev', `socket,id=console,path=${console},server=on,wait=off`, '-serial', 'chardev:console'],
+    ...netdevs.flatMap((netdev, at) => [
+      '-netdev',
+      `${netdev},id=net${at}`,
+      '-device',
+      `virtio-net-pci,netdev=net${at},mac=52:54:00:00:0${at}:0${index + 1}`,
+    ]),
+  ];
+  machines.push(spawn('qemu-system-x86_64', args, { stdio: ['ignore', 'ignore', 'inherit'] }));
+  return Console.open(console);
+}
+
+async function guests(one: Service, two: Service): Promise<Row[]> {
+  const guest = await buildGuest({
+    guest: 'small',
+    folder: path.join(guestCacheFolder(), 'small'),
+    progress: say,
+  });
+  const probe = net.createServer().listen(0, '127.0.0.1');
+  await new Promise((resolve) => probe.once('listening', resolve));
+  const { port } = probe.address() as net.AddressInfo;
+  await new Promise((resolve) => probe.close(resolve));
+  const stream = (name: string) => `stream,server=on,addr.type=unix,addr.path=${at(name)}`;
+  const consoles: Console[] = [];
+  for (const [index, own] of [
+    `socket,listen=127.0.0.1:${port}`,
+    `socket,connect=127.0.0.1:${port}`,
+  ].entries()) {
+    consoles.push(
+      await startGuest(guest, index, [own, stream(`near-guest-${index}`), stream(`far-guest-${index}`)]),
+    );
+    await tell(one, {
+      plug: { network: 'near', machine: `guest-${index}`, socket: at(`near-guest-${index}`) },
+    });
+    const host = index === 0 ? one : two;
+    await tell(host, {
+      plug: { network: 'far', machine: `guest-${index}`, socket: at(`far-guest-${index}`) },
+    });
+  }
+  const [near, far] = consoles as [Console, Console];
+  for (const [index, console] of consoles.entries()) {
+    await console.seen(guest.readyText, 120_000);
+    await sleep(2_000); // its network modules come after that line
+    await console.run('killall udhcpc; true');
+    for (const at of [0, 1, 2]) {
+      await console.run(`ifconfig eth${at} 10.9.${at}.${index + 1} netmask 255.255.255.0 up`);
+    }
+  }
+  const subjects = ['QEMU socket netdev', 'one switch', 'two switches, ssh tunnel'];
+  const measured = new Map<string, number[]>();
+  for (let run = 0; run < runs; run++) {
+    for (const mtu of [1500, 9000]) {
+      for (const [at, subject] of subjects.entries()) {
+        for (const console of consoles) await console.run(`ifconfig eth${at} mtu ${mtu}`);
+        await far.run('(nc -l -p 5000 < /dev/null > /dev/null &)');
+        await sleep(300);
+        const megabytes = 24;
+        const startMs = performance.now();
+        await near.run(
+          `dd if=/dev/zero bs=64k count=${megabytes * 16} 2>/dev/null | nc 10.9.${at}.2 5000`,
+          120_000,
+        );
+        const value = (megabytes * 2 ** 20 * 8) / (performance.now() - startMs) / 1000;
+        const key = JSON.stringify([subject, mtu + 14]);
+        measured.set(key, [...(measured.get(key) ?? []), value]);
+        say(`guests, ${subject}, ${mtu + 14}: ${value.toFixed(0)} Mbit/s`);
+      }
+    }
+  }
+  const rows = [...measured].map(([key, all]): Row => {
+    const [subject, frameBytes] = JSON.parse(key) as [string, number];
+    return { case: 'guests', subject, frameBytes, value: median(all), unit: 'Mbit/s', runs: all };
+  });
+  for (const row of rows) {
+    const own = rows.find((one) => one.frameBytes === row.frameBytes && one.subject === subjects[0])!;
+    if (own !== row) row.ratio = median(row.runs.map((value, run) => value / own.runs[run]!));
+  }
+  return rows;
+}
+
+try {
+  const [one, two] = await startHosts();
+  const rows: Row[] = [];
+  if (values.only !== 'guests') rows.push(...(await processes(one, two)));
+  if (values.only !== 'processes') rows.push(...(await guests(one, two)));
+  process.stdout.write(
+    table(
+      ['CASE', 'SUBJECT', 'FRAME', 'MBIT/S', 'OF QEMU'],
+      rows.map((row) => [
+        row.case,
+        row.subject,
+        row.frameBytes,
+        row.value.toFixed(0),
+        row.ratio?.toFixed(2) ?? '-',
+      ]),
+    ) + '\n',
+  );
+  if (values.json !== undefined) {
+    writeFileSync(values.json, JSON.stringify({ schema: 1, host: hostFacts('tcg'), rows }, null, 2) + '\n');
+  }
+} finally {
+  for (const machine of machines) machine.kill('SIGKILL');
+  for (const service of services) await service.stop().catch(() => undefined);
+  rmSync(folder, { recursive: true, force: true });
+}
+process.exit(process.exitCode ?? 0);
