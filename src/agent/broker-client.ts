@@ -3,6 +3,7 @@ import { readFileSync } from 'node:fs';
 import http from 'node:http';
 import https from 'node:https';
 import { createInterface } from 'node:readline';
+import type { Duplex } from 'node:stream';
 import type { ErrorCode } from '../core/errors.ts';
 import { asGridError, errnoOf, ERROR_CODES, GridError } from '../core/errors.ts';
 
@@ -69,7 +70,7 @@ export class BrokerClient {
   }
 
   async call<T>(
-    method: 'GET' | 'POST' | 'PATCH' | 'DELETE',
+    method: 'GET' | 'POST' | 'PUT' | 'PATCH' | 'DELETE',
     route: string,
     body?: unknown,
     options: CallOptions = {},
@@ -102,6 +103,42 @@ export class BrokerClient {
       }
     } catch (error) {
       throw this.#failed(error, signal, signal);
+    }
+  }
+
+  /** A stream both ways in place of a call. Throws denied, unreachable. */
+  async upgrade(route: string, protocol: string): Promise<Duplex> {
+    const signal = AbortSignal.timeout(CALL_TIMEOUT_MS);
+    try {
+      return await new Promise((resolve, reject) => {
+        const secure = 'protocol' in this.#base && this.#base.protocol === 'https:';
+        const { ca } = this.#address;
+        const request = (secure ? https : http).request({
+          ...this.#base,
+          ...(secure && ca !== undefined ? { ca } : {}),
+          path: route,
+          headers: {
+            authorization: `Bearer ${this.#address.token}`,
+            connection: 'upgrade',
+            upgrade: protocol,
+          },
+          signal,
+        });
+        request.once('upgrade', (_response, socket, head) => {
+          if (head.length > 0) socket.unshift(head);
+          resolve(socket);
+        });
+        request.once('response', (response) => {
+          response.resume();
+          reject(
+            new GridError('denied', `the broker at ${this.url} answered ${response.statusCode} to ${route}`),
+          );
+        });
+        request.on('error', reject);
+        request.end();
+      });
+    } catch (error) {
+      throw this.#failed(error, undefined, signal);
     }
   }
 

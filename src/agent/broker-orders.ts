@@ -12,6 +12,7 @@
 import { setTimeout as sleep } from 'node:timers/promises';
 import { asGridError, GridError } from '../core/errors.ts';
 import type { Order, OrderResult } from '../core/grid.ts';
+import type { MachineSegment } from '../core/machine.ts';
 import type { LeasedVm, LeasedVms } from './broker-lease.ts';
 
 export interface LinkVm extends LeasedVm {
@@ -30,6 +31,7 @@ export interface LinkMachines {
     memoryBytes: number;
     vcpus: number;
     network: 'user' | 'none';
+    segments?: readonly MachineSegment[];
   }): Promise<LinkVm>;
   /** Goes on from a checkpoint in the store. */
   runFrom(checkpoint: string, name: string): Promise<LinkVm>;
@@ -220,10 +222,13 @@ export class OrderWork {
   /** An order that comes again finds its VM. */
   async #start(order: Extract<Order, { kind: 'run' }>): Promise<LinkVm> {
     const { machines } = this.#parts;
-    const { vm: name, image, memoryBytes, vcpus, network, checkpoint } = order;
+    const { vm: name, image, memoryBytes, vcpus, network, checkpoint, segments } = order;
     const there = machines.list().find(({ id, state }) => id === name && state !== 'failed');
     if (there) return there;
-    if (checkpoint === undefined) return machines.run({ name, image, memoryBytes, vcpus, network });
+    if (checkpoint === undefined) {
+      const onNetworks = segments === undefined ? {} : { segments };
+      return machines.run({ name, image, memoryBytes, vcpus, network, ...onNetworks });
+    }
     for (const endMs = performance.now() + TAG_SEEN_MS; ;) {
       try {
         return await machines.runFrom(checkpoint, name);

@@ -80,6 +80,7 @@ export function describeMachine(
     disks: [{ path: disk, format: 'raw' as const, readOnly: false }],
     ...newIdentity(),
     network: request.network ?? ('user' as const),
+    ...(request.segments === undefined ? {} : { segments: request.segments }),
     ...(readyText === undefined ? {} : { readyText }),
     ...(request.limits === undefined ? {} : { limits: request.limits }),
     ...(labels[LABEL_AGENT] === 'qemu' ? { guestAgent: true } : {}),

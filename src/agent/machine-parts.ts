@@ -1,6 +1,6 @@
 /** What the machines of a host are given, and what makes one of them run. */
 import type { Digest } from '../core/bytes.ts';
-import type { Machine } from '../core/machine.ts';
+import type { Machine, MachineSegment } from '../core/machine.ts';
 import type { Manifest } from '../core/manifest.ts';
 import type { VmMemory, VmVolume } from './vm-record.ts';
 
@@ -18,6 +18,12 @@ export interface MachineCatalog {
 export interface MachineGroups {
   place(child: string, pid: number): Promise<void>;
   remove(child: string): Promise<void>;
+}
+
+/** What plugs VMs into virtual networks: each with its folder, which has the sockets of its segments. */
+export interface MachineSegments {
+  plugIn(vm: string, segments: readonly MachineSegment[], folder: string): void;
+  plugOut(vm: string): void;
 }
 
 /** A VM that is about to run. */

@@ -14,7 +14,7 @@ import { NAME_LENGTH_MAX } from '../core/limits.ts';
 import type { IoLimits, Machine, MachineStatus, Vmm } from '../core/machine.ts';
 import type { Clones } from './clones.ts';
 import { describeMachine, LABEL_ANSWERS } from './machine-description.ts';
-import type { Launch, MachineCatalog, MachineGroups } from './machine-parts.ts';
+import type { Launch, MachineCatalog, MachineGroups, MachineSegments } from './machine-parts.ts';
 import type { Start, Starts } from './starts.ts';
 import { askGuest, forkQuestion, tellGuest } from './vm-answer.ts';
 import { disksOf, readVmRecord, statusOf, writeVmRecord } from './vm-record.ts';
@@ -40,6 +40,7 @@ export class Machines {
   readonly #catalog: MachineCatalog;
   readonly #starts: Starts | undefined;
   readonly #groups: MachineGroups | undefined;
+  readonly #segments: MachineSegments | undefined;
   readonly #log: (line: string) => void;
   readonly #vms = new Map<string, Vm>();
   /** Of VMs that are starting, running or ending. */
@@ -60,6 +61,8 @@ export class Machines {
     /** Hears of starts; none when left out. */
     starts?: Starts;
     groups?: MachineGroups;
+    /** Without it no VM is on a virtual network. */
+    segments?: MachineSegments;
     /** The mount outlived the last daemon, so its VMs still have their disks. */
     takeover?: boolean;
     log: (line: string) => void;
@@ -70,6 +73,7 @@ export class Machines {
     this.#catalog = parts.catalog;
     this.#starts = parts.starts;
     this.#groups = parts.groups;
+    this.#segments = parts.segments;
     this.#log = parts.log;
   }
 
@@ -260,6 +264,7 @@ export class Machines {
     this.#names.add(record.id);
     for (const clone of disksOf(record)) this.#disks.add(clone);
     this.#vms.set(record.id, vm);
+    this.#segments?.plugIn(record.id, machine.description.segments ?? [], folder);
     void machine.ended
       .then((status) => this.#ended(vm, status))
       .catch((error: unknown) => this.#log(`VM ${record.id}: ${String(error)}`));
@@ -428,6 +433,7 @@ export class Machines {
 
   async #ended(vm: Vm, status: MachineStatus): Promise<void> {
     const { id, clone, discards, memory, volumes = [] } = vm.record;
+    this.#segments?.plugOut(id);
     this.#log(`VM ${id} is gone (${status.state}${status.reason === undefined ? '' : `: ${status.reason}`})`);
     if (status.state === 'failed' || vm.denied !== undefined) {
       const reason = vm.denied === undefined ? {} : { state: 'failed' as const, reason: vm.denied };

@@ -3,7 +3,7 @@ import { readFile, rename, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import type { Digest } from '../core/bytes.ts';
 import { GridError } from '../core/errors.ts';
-import type { IoLimits, Machine, MachineDescription, MachineStatus } from '../core/machine.ts';
+import type { IoLimits, Machine, MachineDescription, MachineSegment, MachineStatus } from '../core/machine.ts';
 import { isName } from '../core/manifest.ts';
 
 export interface RunRequest {
@@ -15,6 +15,7 @@ export interface RunRequest {
   readonly memoryBytes?: number;
   readonly vcpus?: number;
   readonly network?: MachineDescription['network'];
+  readonly segments?: readonly MachineSegment[];
   /** Replaces the label's. */
   readonly commandLine?: string;
   readonly readyText?: string;

@@ -20,6 +20,8 @@ import { Placement } from './placement.ts';
 import { Lives } from './lives.ts';
 import { Requests } from './requests.ts';
 import { Warming } from './warming.ts';
+import type { Relay } from './segments.ts';
+import { Workspaces } from './workspaces.ts';
 
 const ROUND_EVERY_MS = 1_000;
 
@@ -28,6 +30,8 @@ export interface BrokerOptions {
   readonly database: string;
   readonly log: (line: string) => void;
   readonly leaseTimes?: LeaseTimes;
+  /** Joins the hosts' parts of virtual networks. */
+  readonly relay?: Relay;
 }
 
 export class Broker {
@@ -37,11 +41,13 @@ export class Broker {
   readonly requests: Requests;
   readonly lives: Lives;
   readonly warming: Warming;
+  readonly workspaces: Workspaces;
+  readonly relay: Relay | undefined;
   readonly placement: Placement;
   readonly loads: Loads;
-  /** `host:<id>`: orders may wait. `job:<id>`: something changed. `closed`. */
+  /** `host:<id>`: orders may wait. `job:<id>`: something changed. `changed`: for any. `closed`. */
   readonly events = new EventEmitter().setMaxListeners(0);
-  readonly #log: (line: string) => void;
+  readonly log: (line: string) => void;
   readonly #timer: NodeJS.Timeout;
   #round: Promise<void> | undefined;
   #again = false;
@@ -49,10 +55,11 @@ export class Broker {
 
   private constructor(db: Database, options: BrokerOptions) {
     this.db = db;
-    this.#log = options.log;
+    this.log = options.log;
     this.access = new Access(db);
     const changed = (jobs: Iterable<string>) => {
       for (const job of jobs) this.events.emit(`job:${job}`);
+      this.events.emit('changed');
       this.wake();
     };
     this.loads = new Loads(options.leaseTimes ?? LEASE_TIMES);
@@ -60,9 +67,12 @@ export class Broker {
     this.requests = new Requests(db, changed);
     this.lives = new Lives(db, this.requests, changed);
     this.warming = new Warming(db, this.loads, this.requests, changed);
+    this.relay = options.relay;
+    this.workspaces = new Workspaces(db, this.requests, this.lives);
     this.placement = new Placement(db, this.loads, (host, job) => {
       this.events.emit(`host:${host}`);
       this.events.emit(`job:${job}`);
+      this.events.emit('changed');
     });
     this.#timer = setInterval(() => this.wake(), ROUND_EVERY_MS);
     this.#timer.unref();
@@ -92,6 +102,7 @@ export class Broker {
   async #turn(): Promise<void> {
     try {
       await this.hosts.expire();
+      await this.workspaces.expire();
       await this.placement.round();
       await this.lives.orderCheckpoints();
       await this.warming.round();
@@ -101,7 +112,7 @@ export class Broker {
       );
       for (const { host } of open) this.events.emit(`host:${host}`);
     } catch (error) {
-      this.#log(
+      this.log(
         `the round failed and is made again: ${error instanceof Error ? error.message : String(error)}`,
       );
     }

@@ -12,3 +12,5 @@ export type { Role, TokenInfo } from './access.ts';
 export { ROLES } from './access.ts';
 export { POLICIES } from './policies/hosts.ts';
 export type { ScheduleInfo } from './warming.ts';
+export type { WorkspaceInfo, WorkspaceRequest } from './workspaces.ts';
+export type { QuotaInfo } from './quotas.ts';

@@ -114,4 +114,19 @@ export const MIGRATIONS: readonly (readonly string[])[] = [
     `CREATE INDEX vms_network ON vms (network, state, memory_bytes, vcpus, owner, id)`,
     `CREATE INDEX vms_memory ON vms (state, memory_bytes, vcpus, owner, id, network)`,
   ],
+  [
+    // Virtual networks, and the addresses of VMs on them (the last byte: each network is a /24).
+    `CREATE TABLE segments (
+       name TEXT PRIMARY KEY, owner TEXT NOT NULL, subnet BIGINT NOT NULL UNIQUE, created_ms BIGINT NOT NULL)`,
+    `CREATE TABLE vm_segments (
+       vm TEXT NOT NULL REFERENCES vms (id), network TEXT NOT NULL REFERENCES segments (name),
+       address BIGINT NOT NULL, PRIMARY KEY (vm, network))`,
+    `CREATE INDEX vm_segments_network ON vm_segments (network, address)`,
+    `CREATE TABLE workspaces (
+       id TEXT PRIMARY KEY, name TEXT NOT NULL, owner TEXT NOT NULL, job TEXT NOT NULL REFERENCES jobs (id),
+       network TEXT, created_ms BIGINT NOT NULL, ends_ms BIGINT, ended_ms BIGINT)`,
+    `CREATE INDEX workspaces_owner ON workspaces (owner, name)`,
+    `CREATE INDEX workspaces_job ON workspaces (job)`,
+    `CREATE TABLE quotas (user_name TEXT PRIMARY KEY, machines BIGINT, vcpus BIGINT, memory_bytes BIGINT)`,
+  ],
 ];

@@ -14,6 +14,7 @@ import type { RankedVersion } from './policies/versions.ts';
 import { MEMORY_BYTES_DEFAULT, needOf } from './requests.ts';
 import type { VmRequest } from './requests.ts';
 import { giveOrder, placedAs } from './vm-table.ts';
+import { segmentsOf } from './segments.ts';
 import type { VmRow } from './vm-table.ts';
 
 /** A guest that did not answer by then is taken for failed. */
@@ -78,6 +79,7 @@ export class Placement {
       if (taken === 0) continue;
       const nowMs = Date.now();
       const generation = now.generation + 1;
+      const segments = await segmentsOf(tx, vm);
       const placed = placedAs({ id: vm.id, generation });
       await tx.run(
         `UPDATE vms SET state = 'placed', reason = ?, host = ?, image = ?, version = ?, generation = ?, placed_ms = ? WHERE id = ?`,
@@ -91,6 +93,7 @@ export class Placement {
         memoryBytes: need.memoryBytes,
         vcpus: need.vcpus,
         network: 'user',
+        ...(segments.length === 0 ? {} : { segments }),
         restart: vm.restart === 1,
         readyTimeoutMs: READY_TIMEOUT_MS,
         ...(start.checkpoint === undefined ? {} : { checkpoint: start.checkpoint }),

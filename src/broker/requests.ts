@@ -8,6 +8,7 @@ import { GIB, MIB } from '../core/limits.ts';
 import type { Principal } from './access.ts';
 import type { Database, Queries, Value } from './database.ts';
 import { listImages } from './images.ts';
+import { checkQuota } from './quotas.ts';
 import { misfit } from './policies/versions.ts';
 import type { VersionNeed } from './policies/versions.ts';
 import type { Policy } from './policies/hosts.ts';
@@ -35,6 +36,11 @@ export interface VmRequest {
   readonly restart?: boolean;
   /** A checkpoint this often: what `restart` goes on from. */
   readonly checkpointEveryMs?: number;
+}
+
+interface NamedVm {
+  readonly id: string;
+  readonly name: string;
 }
 
 export const COUNT_MAX = 1000;
@@ -67,6 +73,8 @@ export interface VmInfo {
   readonly checkpoint?: string;
   readonly checkpointed?: string;
   readonly created: string;
+  /** When its last placement was made. */
+  readonly placed?: string;
 }
 
 export interface JobInfo {
@@ -131,6 +139,7 @@ function vmInfo(row: VmRow): VmInfo {
     ...(row.checkpoint === null ? {} : { checkpoint: row.checkpoint }),
     ...(row.checkpoint_ms === null ? {} : { checkpointed: new Date(row.checkpoint_ms).toISOString() }),
     created: new Date(row.created_ms).toISOString(),
+    ...(row.placed_ms === null ? {} : { placed: new Date(row.placed_ms).toISOString() }),
   };
 }
 
@@ -153,9 +162,14 @@ export class Requests {
 
   /**
    * Accepts a request. With a `key`, the same request again gives the same job; another request under the key is
-   * refused. Throws not-found when no image can serve it, bad-request, exists.
+   * refused. `within` does what belongs to it in its transaction. Throws not-found when no image can serve it, bad-request, exists.
    */
-  async submit(principal: Principal, request: VmRequest, key?: string): Promise<JobInfo> {
+  async submit(
+    principal: Principal,
+    request: VmRequest,
+    key?: string,
+    within?: (tx: Queries, job: string, vms: readonly NamedVm[]) => Promise<void>,
+  ): Promise<JobInfo> {
     const need = needOf(request);
     for (const range of Object.values(need.labels)) inRange('0', range); // throws for a malformed one
     // As its placement will: an operator's right to see does not make another's image the operator's to start.
@@ -174,10 +188,17 @@ export class Requests {
     const id = await this.#db.transaction((tx) =>
       this.once(tx, principal, key, request, 'request', null, async (job) => {
         const count = request.count ?? 1;
+        await checkQuota(tx, principal.user, {
+          machines: count,
+          vcpus: count * (request.vcpus ?? 1),
+          memoryBytes: count * (request.memoryBytes ?? MEMORY_BYTES_DEFAULT),
+        });
+        const vms: NamedVm[] = [];
         for (let index = 1; index <= count; index++) {
           const vm = `g${randomBytes(6).toString('hex')}`;
           const name =
             request.name === undefined ? vm : count === 1 ? request.name : `${request.name}-${index}`;
+          vms.push({ id: vm, name });
           await tx.run(
             `INSERT INTO vms (id, owner, job, name, network, generation, state, memory_bytes, vcpus, restart,
              checkpoint_every_ms, wanted, created_ms)
@@ -193,6 +214,7 @@ export class Requests {
             ...[request.vcpus ?? 1, request.restart ? 1 : 0, request.checkpointEveryMs ?? null, nowMs],
           );
         }
+        await within?.(tx, job, vms);
       }),
     );
     this.#wake([id]);
@@ -278,13 +300,18 @@ export class Requests {
     };
   }
 
-  /** VMs that are there or on their way; with `all` also those that ended. */
-  async list(principal: Principal, options: { all?: boolean } = {}): Promise<VmInfo[]> {
+  /** VMs that are there or on their way; with `all` also those that ended, else those that
+   * ended after `endedAfterMs`. */
+  async list(
+    principal: Principal,
+    options: { all?: boolean; endedAfterMs?: number } = {},
+  ): Promise<VmInfo[]> {
     const { sql, values } = owned(principal);
-    const which = options.all ? '' : 'AND ended_ms IS NULL';
+    const which = options.all ? '' : 'AND (ended_ms IS NULL OR ended_ms > ?)';
     const rows = await this.#db.all<VmRow>(
       `SELECT * FROM vms WHERE ${sql} ${which} ORDER BY created_ms DESC, name, id LIMIT ${LISTED_MAX}`,
       ...values,
+      ...(options.all ? [] : [options.endedAfterMs ?? Number.MAX_SAFE_INTEGER]),
     );
     return rows.map(vmInfo);
   }

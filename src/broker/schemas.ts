@@ -90,6 +90,7 @@ export const vm = answer({
   checkpoint: text,
   checkpointed: text,
   created: text,
+  placed: text,
 });
 
 export const job = answer({

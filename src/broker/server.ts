@@ -17,7 +17,10 @@ import { MIB, NAME_LENGTH_MAX } from '../core/limits.ts';
 import type { Principal, Role } from './access.ts';
 import { agentRoutes } from './agent-routes.ts';
 import type { Broker } from './broker.ts';
+import { pageRoutes } from './page-routes.ts';
+import { serveTrunks } from './segments.ts';
 import { userRoutes } from './user-routes.ts';
+import { workspaceRoutes } from './workspace-routes.ts';
 
 declare module 'fastify' {
   interface FastifyRequest {
@@ -115,10 +118,17 @@ export async function createApi(broker: Broker, options: ServeOptions = {}): Pro
         statusCode: 429,
       }),
   });
-  await app.register(async (users) => userRoutes(users, broker), {
-    bodyLimit: USER_BODY_BYTES_MAX,
-  } as object);
+  await app.register(
+    async (users) => {
+      userRoutes(users, broker);
+      workspaceRoutes(users, broker);
+    },
+    { bodyLimit: USER_BODY_BYTES_MAX } as object,
+  );
+  const trunks = serveTrunks(app.server, broker);
+  app.addHook('preClose', async () => trunks.close());
   await app.register(async (agents) => agentRoutes(agents, broker));
+  await app.register(async (page) => pageRoutes(page, broker));
   app.get('/v1/openapi.json', { config: { open: true }, schema: { hide: true } }, async () => app.swagger());
   app.get('/healthz', { config: { open: true }, schema: { hide: true } }, async () => {
     await broker.db.all('SELECT 1 AS one');

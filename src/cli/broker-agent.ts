@@ -17,6 +17,7 @@ import { MIB } from '../core/limits.ts';
 import { isName } from '../core/manifest.ts';
 import type { Manifest, Tag } from '../core/manifest.ts';
 import { createQemu } from '../vmm/index.ts';
+import type { HostSegments } from './segments.ts';
 
 export interface BrokerOptions {
   readonly url: string;
@@ -39,6 +40,7 @@ export interface LinkedProxy {
     clone: string,
     request: { reference: string; labels: Readonly<Record<string, string>> },
   ) => Promise<{ digest: string; newStoredBytes: number }>;
+  readonly segments: HostSegments;
   readonly accelerator: 'auto' | 'kvm' | 'tcg';
   readonly stateFolder: string;
   readonly source: string;
@@ -83,6 +85,12 @@ export async function linkToBroker(
     ...(options.caFile === undefined ? {} : { ca: readCa(options.caFile) }),
   });
   const { usable, accelerator, reason } = await createQemu({ accelerator: proxy.accelerator, log }).probe();
+  proxy.segments.connect((network) =>
+    client.upgrade(
+      `/v1/agent/trunks/${encodeURIComponent(network)}?host=${encodeURIComponent(host)}`,
+      'gridvfs-trunk',
+    ),
+  );
   const memoryBytes = os.totalmem();
   const { cache } = proxy;
   let known: ReadonlyMap<Digest, Manifest> = new Map();

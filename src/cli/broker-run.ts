@@ -5,6 +5,7 @@ import type { Command } from 'commander';
 import { BrokerClient, readToken } from '../agent/broker-client.ts';
 import { Broker, serveBroker } from '../broker/index.ts';
 import { asGridError, GridError } from '../core/errors.ts';
+import { Networks } from '../network/index.ts';
 import { applyConfig } from './config.ts';
 import { jsonOption, parseListen, verb } from './kit.ts';
 import { runtimeRoot, stateRoot } from './paths.ts';
@@ -74,7 +75,11 @@ async function runBroker(options: RunOptions): Promise<void> {
   const ended = new Promise<string>((resolve) => {
     for (const signal of ['SIGTERM', 'SIGINT'] as const) process.on(signal, () => resolve(signal));
   });
-  const broker = await Broker.open({ database: options.database ?? path.join(folder, 'broker.db'), log });
+  const broker = await Broker.open({
+    database: options.database ?? path.join(folder, 'broker.db'),
+    log,
+    relay: new Networks('broker', log, { relay: true }),
+  });
   stack.defer(() => broker.close());
   const tokenFile = operatorToken(folder);
   if (await broker.access.isEmpty()) {

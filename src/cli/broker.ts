@@ -92,7 +92,7 @@ interface RequestOptions extends Connection {
 }
 
 /** "libc>=2.36" or "libc=2.36" → name and range. */
-function ranges(texts: readonly string[] = []): Record<string, string> {
+export function ranges(texts: readonly string[] = []): Record<string, string> {
   return Object.fromEntries(
     texts.map((text) => {
       const match = /^([A-Za-z0-9][A-Za-z0-9._+-]*?)\s*(=|(?=[<>]))(.+)$/.exec(text);

@@ -234,8 +234,9 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
       imageFolderOf,
       log,
     });
-    const { machines, checkpoints, forks, volumes, spending } = vmWork;
+    const { machines, checkpoints, forks, segments, volumes, spending } = vmWork;
     stack.defer(() => spending.stop());
+    stack.defer(() => segments.close());
     await vmWork.prepare(takeover);
 
     const tree = createTree({ catalog: cache, clones });
@@ -306,6 +307,7 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
     const status = async () => ({
       ...record,
       vms: machines.count,
+      networks: segments.status(),
       clones: clones.records().length,
       openClones: clones.usages(),
       cache: await cache.status(),
@@ -351,6 +353,7 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
           forks,
           commit: (clone, request) =>
             clones.atMoment(clone, (snapshot, of) => work.commitMoment(snapshot, of, request)),
+          segments,
           cache,
           resolve,
           stateFolder: paths.state,

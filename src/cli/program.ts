@@ -49,6 +49,10 @@ const GROUPS: Record<string, Group> = {
     summary: 'several hosts behind one front end: ask for machines, not for hosts',
     load: async () => (await import('./broker.ts')).brokerVerbs(),
   },
+  workspace: {
+    summary: 'machines together: on one virtual network, suspended, moved and ended by one command',
+    load: async () => (await import('./workspace.ts')).workspaceVerbs(),
+  },
   bench: {
     summary: 'measure cold and warm instantiation',
     load: async () => (await import('./bench.ts')).benchVerbs(),

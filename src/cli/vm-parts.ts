@@ -22,6 +22,7 @@ import { uploadImage, uploadVersion } from '../store/index.ts';
 import { Cgroups, createQemu } from '../vmm/index.ts';
 import type { Disk } from './clone-parts.ts';
 import type { ProxyPaths } from './paths.ts';
+import { HostSegments } from './segments.ts';
 
 export interface MachineParts {
   readonly cache: Cache;
@@ -44,6 +45,7 @@ export interface MachineWork {
   readonly forks: Forks;
   readonly volumes: Volumes;
   readonly spending: Spending;
+  readonly segments: HostSegments;
   /** Before the mount. `takeover`: it is there already. */
   prepare(takeover: boolean): Promise<void>;
   /** When the mount answers. */
@@ -64,8 +66,10 @@ export async function machineWork(parts: MachineParts): Promise<MachineWork> {
     read: (digest, lengthBytes) => readContent(cache, digest, lengthBytes),
     diskOf: (id) => path.join(mountpoint, 'clones', id, 'disk.raw'),
   };
+  const segments = new HostSegments(log);
   const machines = new Machines({
     vmm,
+    segments,
     folder: path.join(paths.runtime, 'vms'),
     clones,
     catalog,
@@ -98,6 +102,7 @@ export async function machineWork(parts: MachineParts): Promise<MachineWork> {
     spending,
     checkpoints,
     volumes: new Volumes({ machines, clones, catalog }),
+    segments,
     forks: new Forks({ vmm, machines, clones, catalog }),
     async prepare(takeover) {
       kept = await checkpoints.load();

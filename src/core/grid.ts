@@ -11,6 +11,7 @@
  * already, and a placement that was given up is told from the one that replaced it.
  */
 import type { ErrorCode } from './errors.ts';
+import type { MachineSegment } from './machine.ts';
 
 /** What a host is; changes only when its proxy starts again. */
 export interface HostFacts {
@@ -99,6 +100,8 @@ export type Order =
       readonly memoryBytes: number;
       readonly vcpus: number;
       readonly network: 'user' | 'none';
+      /** Virtual networks that it is on. */
+      readonly segments?: readonly MachineSegment[];
       /** Started elsewhere when this host falls silent: paused here before its lease ends. */
       readonly restart: boolean;
       readonly readyTimeoutMs: number;

@@ -42,6 +42,8 @@ export interface MachineDescription {
   readonly macAddress: string;
   /** 'user': outbound only, by the Vmm's own network stack. 'none': no device. */
   readonly network: 'user' | 'none' | MachineBridge;
+  /** Virtual networks that it is on, each by a device of its own; its frames go through `segmentSocket`. */
+  readonly segments?: readonly MachineSegment[];
   /** A line on the first serial console that contains this text means: the guest answers. */
   readonly readyText?: string;
   /** A UUID that the guest can see (vmgenid): another one tells it that it is a copy. Made up when left out. */
@@ -58,6 +60,19 @@ export interface MachineDescription {
 export interface MachineBridge {
   readonly bridge: string;
 }
+
+export interface MachineSegment {
+  readonly network: string;
+  readonly macAddress: string;
+  /** What its guest is told by DHCP: its address, the server's with the length of the prefix, and its name. */
+  readonly address?: string;
+  readonly server?: string;
+  readonly hostName?: string;
+}
+
+/** Name, in the machine's folder, of the unix socket of a segment: whoever connects gets the machine's frames and gives
+ * it others, each with its length in front (u32, big-endian). One at a time; when it closes, another may connect. */
+export const segmentSocket = (index: number) => `segment${index}.sock`;
 
 /** What a captured device state can be loaded into again: it is refused by anything else. */
 export interface MachineCompatibility {

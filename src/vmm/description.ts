@@ -26,6 +26,9 @@ function refuse(name: string, what: string): never {
   throw new GridError('bad-request', `machine ${JSON.stringify(name)}: ${what}`);
 }
 
+/** Each is a device in a PCI slot of its own. */
+export const SEGMENTS_MAX = 4;
+
 /** Throws bad-request, naming what is wrong. Files are not looked at: they may lie on a mount of this process. */
 export function checkDescription(description: MachineDescription): void {
   const { name, vcpus, memoryBytes, disks, boot, macAddress, network, readyText, generationId } = description;
@@ -76,9 +79,14 @@ export function checkDescription(description: MachineDescription): void {
   } else if (network !== 'user' && network !== 'none') {
     refuse(name, `unknown network ${JSON.stringify(network)}`);
   }
-  // The lowest bit of the first byte would make it a multicast address.
-  if (!/^[0-9a-f][02468ace](?::[0-9a-f]{2}){5}$/i.test(macAddress)) {
-    refuse(name, `${JSON.stringify(macAddress)} is no MAC address of one device, like 52:54:00:12:34:56`);
+  const { segments = [] } = description;
+  if (segments.length > SEGMENTS_MAX)
+    refuse(name, `${segments.length} virtual networks are more than the ${SEGMENTS_MAX} it has room for`);
+  for (const mac of [macAddress, ...segments.map((one) => one.macAddress)]) {
+    // The lowest bit of the first byte would make it a multicast address.
+    if (!/^[0-9a-f][02468ace](?::[0-9a-f]{2}){5}$/i.test(mac)) {
+      refuse(name, `${JSON.stringify(mac)} is no MAC address of one device, like 52:54:00:12:34:56`);
+    }
   }
   if (readyText !== undefined && (readyText === '' || /[\r\n]/.test(readyText))) {
     refuse(name, 'readyText must be part of one line, and not empty');

@@ -56,6 +56,7 @@ suite('the API of a broker', () => {
           '/v1/agent/orders',
           '/v1/agent/register',
           '/v1/agent/report',
+          '/v1/events',
           '/v1/hosts',
           '/v1/images',
           '/v1/images/{id}',
@@ -68,6 +69,8 @@ suite('the API of a broker', () => {
           '/v1/tokens/{id}',
           '/v1/usage',
         ],
+        ...['/v1/quota', '/v1/quotas/{id}', '/v1/usage.csv', '/v1/workspaces', '/v1/workspaces/{id}'],
+        ...['end', 'extend', 'move', 'resume', 'suspend'].map((verb) => `/v1/workspaces/{id}/${verb}`),
         ...['/v1/images/{id}/warm', '/v1/schedules', '/v1/schedules/{id}'],
         ...['/v1/vms', '/v1/vms/explain', '/v1/vms/{id}'],
         ...['checkpoint', 'commit', 'move', 'resume', 'stop', 'suspend'].map(

@@ -27,6 +27,7 @@ import type { LinkMachines, LinkVm } from '../../src/agent/broker-orders.ts';
 import { openDatabase } from '../../src/broker/database.ts';
 import { Broker, serveBroker } from '../../src/broker/index.ts';
 import type { BrokerServer } from '../../src/broker/index.ts';
+import type { Relay } from '../../src/broker/segments.ts';
 import { LEASE_TIMES } from '../../src/broker/loads.ts';
 import type { LeaseTimes } from '../../src/broker/loads.ts';
 import { sha256 } from '../../src/core/bytes.ts';
@@ -136,11 +137,14 @@ export interface Running {
 export async function startBroker(
   database: string,
   folder: string,
-  options: { leaseTimes?: LeaseTimes; callsPerMinute?: number } = {},
+  options: { leaseTimes?: LeaseTimes; callsPerMinute?: number; relay?: Relay } = {},
 ): Promise<Running> {
   const socket = path.join(folder, `b${randomBytes(4).toString('hex')}.sock`);
   const log = () => {};
-  const broker = await Broker.open({ database, log, leaseTimes: options.leaseTimes ?? LEASE_TIMES });
+  const broker = await Broker.open({
+    ...{ database, log, leaseTimes: options.leaseTimes ?? LEASE_TIMES },
+    ...(options.relay === undefined ? {} : { relay: options.relay }),
+  });
   const server = await serveBroker(broker, {
     socketPath: socket,
     ...(options.callsPerMinute === undefined ? {} : { callsPerMinute: options.callsPerMinute }),
@@ -180,6 +184,7 @@ export class TableMachines implements LinkMachines {
   publishFailure: GridError | undefined;
   /** Until when a checkpoint is on its way into the store. */
   publishing: Promise<unknown> | undefined;
+  readonly requests: Parameters<LinkMachines['run']>[0][] = [];
   /** Starts fail with this while it is set. */
   failure: GridError | undefined;
   #pids = 1_000_000;
@@ -188,7 +193,8 @@ export class TableMachines implements LinkMachines {
     return [...this.vms.values()];
   }
 
-  async run(request: { name: string }): Promise<LinkVm> {
+  async run(request: Parameters<LinkMachines['run']>[0]): Promise<LinkVm> {
+    this.requests.push(request);
     await sleep(1);
     if (this.failure) throw this.failure;
     if (this.vms.has(request.name)) throw new GridError('exists', `there is a VM '${request.name}' already`);
@@ -209,7 +215,7 @@ export class TableMachines implements LinkMachines {
   async runFrom(checkpoint: string, name: string): Promise<LinkVm> {
     const content = this.store.get(checkpoint);
     if (content === undefined) throw new GridError('not-found', `no image ${checkpoint}`);
-    const vm = await this.run({ name });
+    const vm = await this.run({ image: '', name, memoryBytes: 0, vcpus: 1, network: 'user' });
     this.contents.set(name, content);
     return vm;
   }

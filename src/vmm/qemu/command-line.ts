@@ -4,6 +4,7 @@
  * what has no JSON form escapes its commas. Sockets and logs are relative names: QEMU runs in the machine's folder.
  */
 import { MIB } from '../../core/limits.ts';
+import { segmentSocket } from '../../core/machine.ts';
 import type { MachineDescription, MachineDisk } from '../../core/machine.ts';
 import { checkDescription, isAttached } from '../description.ts';
 import type { Accelerator } from './accelerator.ts';
@@ -135,6 +136,12 @@ export function qemuArguments(description: MachineDescription, choices: QemuChoi
       );
     addDevice({ driver: 'virtio-net-pci', netdev: 'net0', mac: macAddress });
   }
+  // Connected from outside, so that who connects can come again; see src/network.
+  (description.segments ?? []).forEach(({ macAddress: mac }, index) => {
+    const id = `segment${index}`;
+    add('-netdev', `stream,id=${id},server=on,addr.type=unix,addr.path=${segmentSocket(index)}`);
+    addDevice({ driver: 'virtio-net-pci', id: `${id}-device`, netdev: id, mac });
+  });
   if (description.seed !== undefined) {
     const disk = { path: SEED_FILE, format: 'raw' as const, readOnly: true };
     add('-blockdev', JSON.stringify(blockNode(disk, 'seed')));

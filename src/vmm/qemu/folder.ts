@@ -5,10 +5,11 @@
  */
 import { readFile, readlink, realpath, rename, rm, stat, writeFile } from 'node:fs/promises';
 import path from 'node:path';
+import { segmentSocket } from '../../core/machine.ts';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { asGridError, errnoOf, GridError } from '../../core/errors.ts';
 import type { MachineDescription } from '../../core/machine.ts';
-import { checkDescription } from '../description.ts';
+import { checkDescription, SEGMENTS_MAX } from '../description.ts';
 import type { Accelerator } from './accelerator.ts';
 import {
   AGENT_SOCKET,
@@ -63,6 +64,7 @@ export async function readMachineRecord(folder: string): Promise<MachineRecord> 
 export function removeRunFiles(folder: string): Promise<unknown> {
   const sockets = [QMP_SOCKET, CONSOLE_SOCKET, IDENTITY_SOCKET, INCOMING_SOCKET, AGENT_SOCKET];
   const names = [...sockets, PID_FILE, SEED_FILE, RECORD_FILE];
+  for (let index = 0; index < SEGMENTS_MAX; index++) names.push(segmentSocket(index));
   return Promise.all(names.map((name) => rm(path.join(folder, name), { force: true })));
 }
 

@@ -1,0 +1,318 @@
+/** gridvfs workspace: machines that are asked for, looked at, suspended, moved and ended together. */
+import { randomUUID } from 'node:crypto';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { Option } from 'commander';
+import type { Command } from 'commander';
+import type { BrokerClient } from '../agent/broker-client.ts';
+import { POLICIES } from '../broker/index.ts';
+import type { QuotaInfo, WorkspaceInfo, WorkspaceRequest } from '../broker/index.ts';
+import { GridError } from '../core/errors.ts';
+import { ranges } from './broker.ts';
+import { withBroker, withClient } from './broker-kit.ts';
+import type { Connection } from './broker-kit.ts';
+import {
+  abortOnSignals,
+  bytesText,
+  collect,
+  parseBytes,
+  parseCount,
+  parseDuration,
+  Progress,
+  show,
+  table,
+  verb,
+} from './kit.ts';
+
+const at = (which: string) => `/v1/workspaces/${encodeURIComponent(which)}`;
+
+const seconds = (ms: number | undefined) => (ms === undefined ? '-' : `${(ms / 1000).toFixed(2)} s`);
+
+function details(one: WorkspaceInfo): string {
+  const about = [
+    `${one.name} (${one.id})  ${one.state}`,
+    ...(one.network === undefined ? [] : [`network ${one.network}`]),
+    ...(one.ends === undefined ? [] : [`ends ${one.ends}`]),
+    `fetched ${bytesText(one.fetchedBytes)}`,
+  ].join('   ');
+  const placedMs = (vm: WorkspaceInfo['machines'][number]) =>
+    vm.placed === undefined ? undefined : Date.parse(vm.placed) - Date.parse(vm.created);
+  const rows = one.machines.map((vm) => [
+    vm.name,
+    vm.state,
+    vm.host ?? '',
+    vm.address ?? '',
+    seconds(placedMs(vm)),
+    seconds(vm.timeline?.['clonedMs']),
+    seconds(vm.timeline?.['startedMs']),
+    seconds(vm.timeline?.['readyMs']),
+    vm.fetchedBytes === undefined ? '-' : bytesText(vm.fetchedBytes),
+    vm.reason ?? '',
+  ]);
+  const head = [
+    'VM',
+    'STATE',
+    'HOST',
+    'ADDRESS',
+    'PLACED',
+    'MOUNTED',
+    'STARTED',
+    'ANSWERED',
+    'FETCHED',
+    'WHY',
+  ];
+  return `${about}\n${table(head, rows)}`;
+}
+
+interface Waiting extends Connection {
+  wait: boolean;
+  timeout: number;
+}
+
+/** Asks until the workspace is in none of these states. */
+async function settled(
+  client: BrokerClient,
+  first: WorkspaceInfo,
+  options: Waiting,
+  moving: (one: WorkspaceInfo) => boolean,
+): Promise<WorkspaceInfo> {
+  const signal = AbortSignal.any([abortOnSignals(), AbortSignal.timeout(options.timeout)]);
+  const progress = new Progress(first.name, options);
+  let one = first;
+  try {
+    while (options.wait && moving(one)) {
+      if (signal.aborted) {
+        throw new GridError(
+          'timeout',
+          `workspace '${one.name}' is still ${one.state}; \`gridvfs workspace show ${one.name}\` shows it`,
+        );
+      }
+      await sleep(100, undefined, { signal }).catch(() => undefined);
+      try {
+        one = await client.call<WorkspaceInfo>('GET', at(one.id));
+      } catch (error) {
+        // A broker that starts again meanwhile is asked again.
+        if (!(error instanceof GridError) || error.blame !== 'tunnel') throw error;
+      }
+      progress.update(one.machines.filter((vm) => !isMoving(vm.state)).length, one.machines.length);
+    }
+    return one;
+  } finally {
+    progress.end();
+  }
+}
+
+const isMoving = (state: string) => ['requested', 'placed', 'suspending', 'stopping'].includes(state);
+const anyMoves = (one: WorkspaceInfo) => one.machines.some(({ state }) => isMoving(state));
+
+function withWaiting(command: Command): Command {
+  return withBroker(command)
+    .option('--no-wait', 'return when it is accepted')
+    .option('--timeout <duration>', 'how long to wait', parseDuration, 600_000);
+}
+
+interface RequestOptions extends Waiting {
+  count?: number;
+  name?: string;
+  os?: string;
+  kernel?: string;
+  library?: string[];
+  label?: string[];
+  memory?: number;
+  vcpus?: number;
+  network?: string;
+  policy?: WorkspaceRequest['policy'];
+  restart?: boolean;
+  lifetime?: number;
+}
+
+function requestVerb(): Command {
+  return withWaiting(
+    verb('request', 'Ask for machines together, and wait until their guests answer.', [
+      'gridvfs workspace request debian:12 --name lab --count 4 --memory 1G --network lab --lifetime 8h',
+    ]),
+  )
+    .argument('[image]', 'name or name:version; any that fits when left out')
+    .option('--name <name>', 'of the workspace; its machines are named after it')
+    .option('--count <number>', 'how many machines', parseCount)
+    .option('--network <name>', 'a virtual network of yours that they are on, made when it is not there')
+    .option('--lifetime <duration>', 'ended after this', parseDuration)
+    .option('--os <range>', 'label os')
+    .option('--kernel <range>', 'label kernel, e.g. ">=6.1 <7"')
+    .option('--library <range>', 'label library.NAME, e.g. "libc>=2.36" (may be given again)', collect)
+    .option('--label <range>', 'any other label (may be given again)', collect)
+    .option('--memory <size>', 'memory of each (default: 512M)', parseBytes)
+    .option('--vcpus <count>', 'virtual processors of each', parseCount)
+    .addOption(new Option('--policy <which>', 'how hosts are chosen (default: warm)').choices(POLICIES))
+    .option('--restart', 'place them again when their host falls silent')
+    .action(async (image: string | undefined, options: RequestOptions) => {
+      const { count, name, network, lifetime, os, kernel, library, label, memory, vcpus, policy, restart } =
+        options;
+      const request: WorkspaceRequest = {
+        ...(image === undefined ? {} : { image }),
+        ...(count === undefined ? {} : { count }),
+        ...(name === undefined ? {} : { name }),
+        ...(network === undefined ? {} : { network }),
+        ...(lifetime === undefined ? {} : { lifetimeMs: lifetime }),
+        ...(os === undefined ? {} : { os }),
+        ...(kernel === undefined ? {} : { kernel }),
+        ...(library === undefined ? {} : { libraries: ranges(library) }),
+        ...(label === undefined ? {} : { labels: ranges(label) }),
+        ...(memory === undefined ? {} : { memoryBytes: memory }),
+        ...(vcpus === undefined ? {} : { vcpus }),
+        ...(policy === undefined ? {} : { policy }),
+        ...(restart === undefined ? {} : { restart }),
+      };
+      await withClient(options, async (client) => {
+        const made = await client.call<WorkspaceInfo>('POST', '/v1/workspaces', request, {
+          headers: { 'idempotency-key': randomUUID() },
+        });
+        const one = await settled(client, made, options, anyMoves);
+        show(options, one, () => details(one));
+        const failed = one.machines.find(({ state }) => state === 'failed');
+        if (failed) {
+          throw new GridError(
+            'vm-failed',
+            `not all of '${one.name}' runs: ${failed.name}: ${failed.reason ?? ''}`,
+          );
+        }
+      });
+    });
+}
+
+function lsVerb(): Command {
+  return withBroker(
+    verb('ls', 'List your workspaces; operators see everybody’s.', ['gridvfs workspace ls --all']),
+  )
+    .option('--all', 'also those that ended')
+    .action(async (options: Connection & { all?: boolean }) => {
+      const all = await withClient(options, (client) =>
+        client.call<WorkspaceInfo[]>('GET', `/v1/workspaces?all=${options.all === true}`),
+      );
+      show(options, all, () =>
+        table(
+          ['WORKSPACE', 'ID', 'STATE', 'OWNER', 'VMS', 'HOSTS', 'NETWORK', 'FETCHED', 'ENDS'],
+          all.map((one) => [
+            one.name,
+            one.id,
+            one.state,
+            one.owner,
+            one.machines.length,
+            [...new Set(one.machines.flatMap(({ host }) => host ?? []))].join(', '),
+            one.network ?? '',
+            bytesText(one.fetchedBytes),
+            one.ends ?? '',
+          ]),
+        ),
+      );
+    });
+}
+
+function showVerb(): Command {
+  return withBroker(
+    verb('show', 'One workspace: its machines, how to reach them, and how long each step took.', [
+      'gridvfs workspace show lab',
+    ]),
+  )
+    .argument('<workspace>')
+    .action(async (which: string, options: Connection) => {
+      const one = await withClient(options, (client) => client.call<WorkspaceInfo>('GET', at(which)));
+      show(options, one, () => details(one));
+    });
+}
+
+const ACTIONS = {
+  suspend: 'Suspend all of its machines: memory and devices go to the store.',
+  resume: 'Let its suspended machines go on, where there is room.',
+  move: 'Suspend its machines and resume them on other hosts.',
+  end: 'End its machines; what they wrote to disks of their own goes with them.',
+} as const;
+
+function actionVerb(name: keyof typeof ACTIONS): Command {
+  const command = withWaiting(verb(name, ACTIONS[name], [`gridvfs workspace ${name} lab`])).argument(
+    '<workspace>',
+  );
+  if (name === 'resume' || name === 'move') command.option('--to <host>', 'on this host');
+  return command.action(async (which: string, options: Waiting & { to?: string }) => {
+    await withClient(options, async (client) => {
+      const begun = await client.call<WorkspaceInfo>(
+        'POST',
+        `${at(which)}/${name}`,
+        options.to === undefined ? {} : { host: options.to },
+      );
+      const one = await settled(client, begun, options, anyMoves);
+      show(options, one, () => details(one));
+    });
+  });
+}
+
+function extendVerb(): Command {
+  return withBroker(
+    verb('extend', 'Let a workspace live this long from now on.', ['gridvfs workspace extend lab 4h']),
+  )
+    .argument('<workspace>')
+    .argument('<duration>', 'e.g. 4h', parseDuration)
+    .action(async (which: string, lifetimeMs: number, options: Connection) => {
+      const one = await withClient(options, (client) =>
+        client.call<WorkspaceInfo>('POST', `${at(which)}/extend`, { lifetimeMs }),
+      );
+      show(options, one, () => details(one));
+    });
+}
+
+function quotaVerb(): Command {
+  return withBroker(
+    verb('quota', 'What you may have and have; operators set it for others.', [
+      'gridvfs workspace quota',
+      'gridvfs workspace quota ada --machines 16 --memory 64G',
+    ]),
+  )
+    .argument('[user]', 'whose to set (operators)')
+    .option('--machines <count>', 'at a time', parseCount)
+    .option('--vcpus <count>', 'virtual processors of all together', parseCount)
+    .option('--memory <size>', 'of all together', parseBytes)
+    .action(
+      async (
+        user: string | undefined,
+        options: Connection & { machines?: number; vcpus?: number; memory?: number },
+      ) => {
+        const { machines, vcpus, memory } = options;
+        const quota = await withClient(options, (client) =>
+          user === undefined
+            ? client.call<QuotaInfo>('GET', '/v1/quota')
+            : client.call<QuotaInfo>('PUT', `/v1/quotas/${encodeURIComponent(user)}`, {
+                ...(machines === undefined ? {} : { machines }),
+                ...(vcpus === undefined ? {} : { vcpus }),
+                ...(memory === undefined ? {} : { memoryBytes: memory }),
+              }),
+        );
+        const of = (used: string, limit: string | undefined) => `${used} of ${limit ?? 'any number'}`;
+        const memoryText = quota.memoryBytes === undefined ? undefined : bytesText(quota.memoryBytes);
+        show(options, quota, () =>
+          [
+            `${quota.user}: ${of(String(quota.used.machines), quota.machines?.toString())} machines`,
+            `${of(String(quota.used.vcpus), quota.vcpus?.toString())} vcpus`,
+            `${of(bytesText(quota.used.memoryBytes ?? 0), memoryText)} memory`,
+          ].join(', '),
+        );
+      },
+    );
+}
+
+export function workspaceVerbs(): Command {
+  const group = verb(
+    'workspace',
+    'Machines that are asked for together, on one virtual network if wanted, and suspended, moved and ended together.',
+    ['gridvfs workspace request debian:12 --name lab --count 4 --network lab'],
+  );
+  for (const command of [
+    requestVerb(),
+    lsVerb(),
+    showVerb(),
+    ...(Object.keys(ACTIONS) as (keyof typeof ACTIONS)[]).map(actionVerb),
+    extendVerb(),
+    quotaVerb(),
+  ]) {
+    group.addCommand(command);
+  }
+  return group;
+}

@@ -1,0 +1,164 @@
+/** Workspaces: asked for, listed, refused, ended together; their network, their quota and their accounts. */
+import assert from 'node:assert/strict';
+import { after, before, suite, test } from 'node:test';
+import { setTimeout as sleep } from 'node:timers/promises';
+import type { QuotaInfo, WorkspaceInfo } from '../../src/broker/index.ts';
+import { csvOf } from '../../src/broker/workspace-routes.ts';
+import { GIB } from '../../src/core/limits.ts';
+import { Networks } from '../../src/network/index.ts';
+import { DIALECTS, Databases, eventually, startBroker, TestHost, version } from './harness.ts';
+import type { Running } from './harness.ts';
+
+for (const dialect of DIALECTS) {
+  suite(`workspaces (${dialect})`, () => {
+    const databases = new Databases(dialect);
+    const hosts: TestHost[] = [];
+    let running: Running;
+
+    before(async () => {
+      await databases.start();
+      running = await startBroker(await databases.fresh(), databases.folder, {
+        relay: new Networks('broker', () => {}, { relay: true }),
+      });
+      for (const name of ['north', 'south']) {
+        const host = new TestHost(name, databases.folder, [version('small', '1')]);
+        hosts.push(host.connect(await running.as('hosts', 'agent')));
+      }
+      const looker = await running.as('looker');
+      await eventually(async () => (await looker.call<unknown[]>('GET', '/v1/images')).length === 1);
+      await eventually(async () => (await looker.call<unknown[]>('GET', '/v1/hosts')).length === 2);
+    });
+    after(async () => {
+      for (const host of hosts) await host.close();
+      await running.close();
+      await databases.stop();
+    });
+
+    const when = (user: Awaited<ReturnType<Running['as']>>, id: string, state: WorkspaceInfo['state']) =>
+      eventually(async () => {
+        const one = await user.call<WorkspaceInfo>('GET', `/v1/workspaces/${id}`);
+        return one.state === state && one;
+      });
+
+    test('one request makes machines with addresses on one network; one end releases all and is accounted', async () => {
+      const [ada, bob] = [await running.as('ada'), await running.as('bob')];
+      const request = { image: 'small', count: 4, name: 'lab', network: 'lab', policy: 'spread' };
+      const key = { headers: { 'idempotency-key': 'lab-1' } };
+      const made = await ada.call<WorkspaceInfo>('POST', '/v1/workspaces', request, key);
+      const again = await ada.call<WorkspaceInfo>('POST', '/v1/workspaces', request, key);
+      assert.equal(again.id, made.id);
+      const one = await when(ada, 'lab', 'running');
+      assert.deepEqual(
+        one.machines.map(({ name, address }) => [name, address]),
+        [1, 2, 3, 4].map((index) => [`lab-${index}`, `10.64.0.${index + 1}`]),
+      );
+      assert.equal(new Set(one.machines.map(({ host }) => host)).size, 2);
+      for (const vm of one.machines) assert.ok(vm.placed !== undefined && vm.timeline!['readyMs']! > 0);
+      const segments = hosts.flatMap(({ machines }) =>
+        machines.requests.flatMap((each) => each.segments ?? []),
+      );
+      assert.deepEqual(
+        segments.map(({ network, server }) => [network, server]),
+        Array.from({ length: 4 }, () => ['lab', '10.64.0.1/24']),
+      );
+      assert.equal(new Set(segments.map(({ macAddress }) => macAddress)).size, 4);
+      assert.ok(segments.every(({ macAddress }) => /^52(:[0-9a-f]{2}){5}$/.test(macAddress)));
+
+      assert.deepEqual(await bob.call('GET', '/v1/workspaces'), []);
+      await assert.rejects(bob.call('POST', '/v1/workspaces/lab/end', {}), { code: 'not-found' });
+      await assert.rejects(bob.call('POST', '/v1/workspaces', { image: 'small', network: 'lab' }), {
+        code: 'denied',
+        message: /network 'lab' belongs to another user/,
+      });
+      // What was refused left nothing behind.
+      assert.deepEqual(await bob.call('GET', '/v1/vms?all=true'), []);
+      await assert.rejects(ada.call('POST', '/v1/workspaces', request), {
+        code: 'exists',
+        message: /you have a workspace 'lab' already/,
+      });
+
+      // A second workspace on the same network gets other addresses.
+      const more = await ada.call<WorkspaceInfo>('POST', '/v1/workspaces', {
+        ...{ image: 'small', name: 'more', network: 'lab' },
+      });
+      assert.equal(more.machines[0]!.address, '10.64.0.6');
+      await ada.call('POST', '/v1/workspaces/more/end', {});
+
+      await ada.call('POST', '/v1/workspaces/lab/end', {});
+      await when(ada, made.id, 'ended');
+      await eventually(() => hosts.every(({ machines }) => machines.vms.size === 0));
+      assert.deepEqual(await ada.call('GET', '/v1/workspaces'), []);
+      assert.equal((await ada.call<unknown[]>('GET', '/v1/workspaces?all=true')).length, 2);
+      const usage = await ada.call<{ running: boolean }[]>('GET', '/v1/usage');
+      assert.ok(usage.length >= 4 && usage.every((row) => !row.running));
+    });
+
+    test('a workspace over quota is refused with what is allowed, used and asked for, and takes nothing', async () => {
+      const [carl, operator] = [await running.as('carl'), await running.as('root', 'operator')];
+      await operator.call('PUT', '/v1/quotas/carl', { machines: 3, memoryBytes: 2 * GIB });
+      await assert.rejects(carl.call('PUT', '/v1/quotas/carl', {}), { code: 'denied' });
+      await carl.call('POST', '/v1/workspaces', { image: 'small', count: 2, name: 'first' });
+      // Fails without checkQuota in Requests.submit.
+      await assert.rejects(carl.call('POST', '/v1/workspaces', { image: 'small', count: 2 }), {
+        code: 'no-space',
+        message: /quota of 'carl' is 3 machines: 2 are in use, and this asks for 2 more/,
+      });
+      await assert.rejects(carl.call('POST', '/v1/vms', { image: 'small', memoryBytes: 2 * GIB }), {
+        code: 'no-space',
+        message: /bytes of memory/,
+      });
+      const quota = await carl.call<QuotaInfo>('GET', '/v1/quota');
+      assert.deepEqual([quota.machines, quota.used.machines], [3, 2]);
+      assert.equal((await carl.call<unknown[]>('GET', '/v1/vms?all=true')).length, 2);
+      await carl.call('POST', '/v1/workspaces/first/end', {});
+      await when(carl, (await carl.call<WorkspaceInfo[]>('GET', '/v1/workspaces?all=true'))[0]!.id, 'ended');
+      await carl.call('POST', '/v1/workspaces', { image: 'small', count: 3, name: 'second' });
+      await carl.call('POST', '/v1/workspaces/second/end', {});
+    });
+
+    test('a workspace whose time is over is ended by the broker, one that was extended is not', async () => {
+      const dora = await running.as('dora');
+      for (const name of ['short', 'long']) {
+        await dora.call('POST', '/v1/workspaces', { image: 'small', name, lifetimeMs: 1_500 });
+      }
+      const extended = await dora.call<WorkspaceInfo>('POST', '/v1/workspaces/long/extend', {
+        lifetimeMs: 3_600_000,
+      });
+      assert.ok(Date.parse(extended.ends!) > Date.now() + 3_000_000);
+      await eventually(async () => (await dora.call<unknown[]>('GET', '/v1/workspaces')).length === 1);
+      await sleep(200);
+      assert.equal((await dora.call<WorkspaceInfo>('GET', '/v1/workspaces/long')).ends, extended.ends);
+      await dora.call('POST', '/v1/workspaces/long/end', {});
+    });
+
+    test('a trunk is for hosts that carry a machine of the network, under their own token', async () => {
+      const eve = await running.as('eve');
+      await eve.call('POST', '/v1/workspaces', { image: 'small', name: 'w', network: 'eves' });
+      const { machines } = await when(eve, 'w', 'running');
+      const carrier = machines[0]!.host!;
+      const other = hosts.find(({ facts }) => facts.host !== carrier)!.facts.host;
+      const agent = await running.as('hosts', 'agent');
+      const open = (client: typeof agent, network: string, host: string) =>
+        client.upgrade(`/v1/agent/trunks/${network}?host=${host}`, 'gridvfs-trunk');
+      await assert.rejects(open(agent, 'eves', other), { code: 'denied' });
+      await assert.rejects(open(agent, 'nothing', carrier), { code: 'denied' });
+      await assert.rejects(open(eve, 'eves', carrier), { code: 'denied' });
+      await assert.rejects(open(await running.as('stranger', 'agent'), 'eves', carrier), { code: 'denied' });
+      const near = new Networks(carrier, () => {});
+      try {
+        assert.equal(await near.join('eves', await open(agent, 'eves', carrier)), 'broker');
+      } finally {
+        near.closeAll();
+      }
+      await eve.call('POST', '/v1/workspaces/w/end', {});
+    });
+
+    test('accounts are exported as CSV, with names that a spreadsheet takes for nothing else', async () => {
+      const rows = await running.broker.requests.usage({ user: 'ada', role: 'user' });
+      assert.ok(rows.length > 0 && csvOf(rows).startsWith('vm,generation,owner,host,'));
+      assert.equal(csvOf([{ a: '=1+1', b: 'x,"y"\n', c: -5 }]), `a,b,c\r\n'=1+1,"x,""y""\n",-5\r\n`);
+      const operator = await running.as('root', 'operator');
+      assert.ok((await operator.call<unknown[]>('GET', '/v1/usage')).length >= rows.length);
+    });
+  });
+}
