@@ -3,7 +3,13 @@ import { readFile, rename, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import type { Digest } from '../core/bytes.ts';
 import { GridError } from '../core/errors.ts';
-import type { IoLimits, Machine, MachineDescription, MachineSegment, MachineStatus } from '../core/machine.ts';
+import type {
+  IoLimits,
+  Machine,
+  MachineDescription,
+  MachineSegment,
+  MachineStatus,
+} from '../core/machine.ts';
 import { isName } from '../core/manifest.ts';
 
 export interface RunRequest {

@@ -20,9 +20,9 @@ export const PACKAGES = {
     'xz-utils',
   ],
   /** The tests: a stock sshd and a stock client to try it with, a stock web server, the peers of the benches, a
-   * database server for the broker, and what the fuse-native driver is linked against. */
+   * database server for the broker, a browser for its page, and what the fuse-native driver is linked against. */
   test: [
     ...['openssh-server', 'openssh-client', 'fio', 'xfsprogs', 'nginx-light', 'openssl'],
-    ...['sshfs', 'rclone', 'nbdkit', 'libnbd-bin', 'libfuse2', 'postgresql'],
+    ...['sshfs', 'rclone', 'nbdkit', 'libnbd-bin', 'libfuse2', 'postgresql', 'chromium'],
   ],
 };
