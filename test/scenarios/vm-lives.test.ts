@@ -242,8 +242,7 @@ suite('what VMs live through', { skip: LONG ? false : 'minutes; in the long run'
     await world.mount(server.url, server);
     await resumeOne('hurt');
     await world.json('vm', 'suspend', 'hurt');
-    // A guest that answers, but not as the one that was suspended. Without the comparison in Machines.#answer it would
-    // count as resumed.
+    // A guest that answers, but not as the one that was suspended.
     await world.json('umount', world.mountpoint);
     const again = parseCheckpoint(readFileSync(file), 'it');
     assert.match(again.facts.nonce!, /^[0-9a-f]{32}$/);
