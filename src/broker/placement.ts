@@ -19,6 +19,8 @@ import type { VmRow } from './vm-table.ts';
 
 /** A guest that did not answer by then is taken for failed. */
 const READY_TIMEOUT_MS = 300_000;
+/** A host that failed to start a VM is not asked again for so long; others may do better meanwhile. */
+const FAILED_THERE_MS = 30_000;
 /** VMs that one round looks at; the next round goes on. */
 const ROUND_MAX = 1000;
 
@@ -170,11 +172,11 @@ export class Placement {
     }>(
       `SELECT h.id, f.memory_bytes, f.vcpus, f.machines,
          (SELECT count(*) FROM orders o WHERE o.vm = ? AND o.host = h.id AND o.kind = 'run' AND o.state = 'failed'
-            AND o.created_ms >= ?) AS failures
+            AND o.created_ms >= ? AND o.done_ms >= ?) AS failures
        FROM hosts h JOIN futures f ON f.host = h.id
          JOIN host_versions o ON o.host = h.id AND o.image = ? AND o.version = ?
        WHERE h.state = 'up' AND h.is_virtual = 0 ${conditions.join(' ')}`,
-      ...[vm?.id ?? '', vm?.ran_ms ?? 0, start.image, start.version, ...values],
+      ...[vm?.id ?? '', vm?.ran_ms ?? 0, Date.now() - FAILED_THERE_MS, start.image, start.version, ...values],
     );
     return rows.map((row) => {
       const { load, warmBytes } = this.#loads.of(row.id);

@@ -62,6 +62,11 @@ export async function takeResult(
 
 async function started(tx: Queries, vm: VmRow, result: OrderResult, jobs: Set<string>): Promise<void> {
   if (result.error) {
+    if (result.error.code === 'closed' && vm.wanted === 'running') {
+      // Nothing was tried: the host had no lease, or was ending. It counts against nobody.
+      await tx.run(`UPDATE orders SET state = 'void' WHERE id = ?`, result.order);
+      return endVm(tx, vm, 'requested', result.error.message);
+    }
     const failures = vm.failures + 1;
     await tx.run('UPDATE vms SET failures = ? WHERE id = ?', failures, vm.id);
     // Another host may do better, unless the request itself is at fault.
