@@ -198,6 +198,25 @@ export function readInto(fd: number, target: Uint8Array, length: number): number
   return checked('read', cRead(fd, target, length));
 }
 
+const cPoll = libc.func('int poll(void *fds, unsigned long count, int timeout)');
+const cYield = libc.func('int sched_yield()');
+const POLLIN = 1;
+/** struct pollfd, of this thread. */
+const polled = new Int32Array(2);
+const polledHalves = new Int16Array(polled.buffer);
+
+/** Whether a read of `fd` would not wait, or would fail. */
+export function isReadable(fd: number): boolean {
+  polled[0] = fd;
+  polledHalves[2] = POLLIN;
+  return cPoll(polled, 1, 0) !== 0;
+}
+
+/** Lets another thread that waits for this processor run. */
+export function yieldProcessor(): void {
+  cYield();
+}
+
 /** write(2) of the beginning of `source`. */
 export function writeFrom(fd: number, source: Uint8Array, length: number): number {
   return checked('write', cWrite(fd, source, length));

@@ -13,6 +13,7 @@ import { Worker } from 'node:worker_threads';
 import { errnoOf, GridError } from '../../core/errors.ts';
 import { ioctl } from '../../core/linux.ts';
 import type { QuietPoints } from '../../core/quiet.ts';
+import { newEager } from './eager.ts';
 import { newTurns } from './turns.ts';
 import { COUNTERS, send } from './worker.ts';
 import type { FromWorker, ToWorker, WorkerData } from './worker.ts';
@@ -61,6 +62,7 @@ export class DeviceWorkers {
     const file = new URL(`./worker${path.extname(import.meta.url)}`, import.meta.url);
     const fuseRunning = new SharedArrayBuffer(Int32Array.BYTES_PER_ELEMENT);
     const fuseTurns = newTurns(count);
+    const fuseEager = newEager();
     const members = Array.from({ length: count }, (_, index): Member => {
       const fuseCounters = new SharedArrayBuffer(COUNTERS * Float64Array.BYTES_PER_ELEMENT);
       const quietSlot = quiet.register();
@@ -68,6 +70,7 @@ export class DeviceWorkers {
         fuseCounters,
         fuseRunning,
         fuseTurns,
+        fuseEager,
         awakeMax: availableParallelism(),
         quietCounters: quiet.counters,
         quietSlot,

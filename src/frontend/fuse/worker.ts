@@ -9,10 +9,9 @@
  * when it meets a handle that it does not know: the main thread posts a handle before the kernel learns it.
  * It ends when the device says ENODEV: the mount is gone.
  *
- * Tried and left, with the smallest loop in C on two processors: asking again for 50 µs before blocking (one reader
- * 1.5 times as fast, four readers 0.75 times); splice(2) for large reads (as fast as their mapping, but needs a pipe
- * that users may not have); splice for writes (the kernel copies a direct writer's bytes all the same). FUSE over
- * io_uring is a host-wide parameter of the kernel's module that is off unless its operator turns it on.
+ * Tried and left, with the smallest loop in C on two processors: splice(2) for large reads (as fast as their mapping, but
+ * needs a pipe that users may not have); splice for writes (the kernel copies a direct writer's bytes all the same). FUSE
+ * over io_uring is a host-wide parameter of the kernel's module that is off unless its operator turns it on.
  */
 import { parentPort, receiveMessageOnPort, workerData } from 'node:worker_threads';
 import { DirectFile } from '../../core/direct-io.ts';
@@ -33,6 +32,7 @@ import {
   WRITE,
   WRITE_BODY_BYTES,
 } from './protocol.ts';
+import { Eager } from './eager.ts';
 import { Turns } from './turns.ts';
 
 export interface WorkerData {
@@ -43,6 +43,8 @@ export interface WorkerData {
   /** Of turns.ts, and how many may be awake. */
   readonly fuseTurns: SharedArrayBuffer;
   readonly awakeMax: number;
+  /** Of eager.ts. */
+  readonly fuseEager: SharedArrayBuffer;
   /** Of the process's QuietPoints, with this worker's slot. */
   readonly quietCounters: SharedArrayBuffer;
   readonly quietSlot: number;
@@ -116,6 +118,7 @@ class Server {
   /** Of #targets, for preadNow. */
   readonly #vectors: BigUint64Array[] = [];
   readonly #turns: Turns;
+  readonly #eager: Eager;
   #readsWait = false;
   #writesWait = false;
   /** When the request under way was read, by `performance.now()`. */
@@ -128,7 +131,9 @@ class Server {
     counters: Float64Array,
     quiet: QuietThread,
     turns: Turns,
+    eager: Eager,
   ) {
+    this.#eager = eager;
     this.#turns = turns;
     this.#fd = fd;
     this.#post = post;
@@ -142,6 +147,7 @@ class Server {
     const drain = this.#drain.bind(this);
     for (;;) {
       this.#turns.rest(REST_MS, drain);
+      this.#eager.ask();
       const length = this.#next();
       if (length === 0) return;
       this.#startedMs = performance.now();
@@ -368,7 +374,8 @@ if (parentPort && isWorkerData(workerData)) {
     const receive = () => receiveMessageOnPort(port)?.message as ToWorker | undefined;
     const turns = new Turns(workerData.fuseTurns, workerData.awakeMax);
     try {
-      new Server(first.fd, post, receive, counters, quiet, turns).run();
+      const eager = new Eager(workerData.fuseEager, first.fd);
+      new Server(first.fd, post, receive, counters, quiet, turns, eager).run();
     } finally {
       // Also when it throws: those that rest have to serve until the mount is down, and then to end.
       turns.end();
