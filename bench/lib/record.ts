@@ -63,7 +63,9 @@ export function headOf(bench: string): Pick<BenchRecord, 'schema' | 'bench' | 'c
     ? `node bench/${bench}.ts`
     : bench === 'fuse'
       ? 'gridvfs bench io --case fuse'
-      : `gridvfs bench ${bench}`;
+      : process.env['GRIDVFS_BENCH_AS'] === 'demo'
+        ? 'gridvfs demo'
+        : `gridvfs bench ${bench}`;
   const given = process.argv.slice(2);
   const at = given.indexOf('--json');
   if (at >= 0) given.splice(at, 2);
