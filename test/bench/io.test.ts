@@ -24,6 +24,8 @@ import { sha256 } from '../../src/core/bytes.ts';
 import { GridError } from '../../src/core/errors.ts';
 import { World } from '../scenarios/world.ts';
 
+const isLong = process.env['GRIDVFS_LONG'] === '1';
+
 const SIZE_SECTORS = 1000;
 const IDENTITY = { hostname: 'a', macAddress: '52:54:00:00:00:01', machineId: 'm', accelerator: 'tcg' };
 const READ = fc
@@ -263,27 +265,31 @@ suite('gridvfs bench io', () => {
     nothingLeft();
   });
 
-  test('Ctrl-C while a peer is mounted leaves nothing running, mounted or on the disk', async () => {
-    const child = spawn(
-      process.execPath,
-      [main, ...bench('--runs', '1', '--no-profile', '--peers', 'sshfs')],
-      {
-        stdio: ['ignore', 'ignore', 'pipe'],
-        env: environment,
-        detached: true,
-      },
-    );
-    let said = '';
-    child.stderr.on('data', (part: Buffer) => (said += part.toString('utf8')));
-    const ended = new Promise<number | null>((resolve) => child.once('close', resolve));
-    while (!world.mountsLeft().some((line) => line.includes('fuse.sshfs'))) {
-      assert.equal(child.exitCode, null, said);
-      await new Promise((resolve) => setTimeout(resolve, 10));
-    }
-    process.kill(-child.pid!, 'SIGINT');
-    assert.notEqual(await ended, 0, said);
-    nothingLeft();
-  });
+  test(
+    'Ctrl-C while a peer is mounted leaves nothing running, mounted or on the disk',
+    { skip: !isLong && 'a long test' },
+    async () => {
+      const child = spawn(
+        process.execPath,
+        [main, ...bench('--runs', '1', '--no-profile', '--peers', 'sshfs')],
+        {
+          stdio: ['ignore', 'ignore', 'pipe'],
+          env: environment,
+          detached: true,
+        },
+      );
+      let said = '';
+      child.stderr.on('data', (part: Buffer) => (said += part.toString('utf8')));
+      const ended = new Promise<number | null>((resolve) => child.once('close', resolve));
+      while (!world.mountsLeft().some((line) => line.includes('fuse.sshfs'))) {
+        assert.equal(child.exitCode, null, said);
+        await new Promise((resolve) => setTimeout(resolve, 10));
+      }
+      process.kill(-child.pid!, 'SIGINT');
+      assert.notEqual(await ended, 0, said);
+      nothingLeft();
+    },
+  );
 
   test('a peer that is not installed fails the bench before anything starts, and names its package', async () => {
     const outcome = await new Promise<{ code: number | null; said: string }>((resolve) => {
