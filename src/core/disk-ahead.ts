@@ -6,7 +6,6 @@
  *
  * It waits for nothing: posix_fadvise(WILLNEED) begins reads into the page cache. A unit is asked for once per open, so
  * random reads of a large image cost one more reading of it at the most; units behind are wasted only SLACK at a time.
- * (A Debian boot's 1,033 reads from a disk that answers in 80 µs, page cache dropped: two thirds find their bytes.)
  *
  * All threads that serve an open share `met`, a byte for each unit; marks may be lost between two of them, which costs a
  * second wish for the same bytes. What was wished and used is each thread's own.
