@@ -169,6 +169,12 @@ export class Cache {
     return this.#catalog.listTags();
   }
 
+  /** The tags without waiting, where they were heard a short while ago (TAG_RECENT_MS). */
+  recentTags(): Tag[] | undefined {
+    this.#checkOpen();
+    return this.#catalog.recentTags();
+  }
+
   /** A manifest, from here or the source. Throws bad-request, not-found, corrupt and what the source throws. */
   async readManifest(digest: Digest): Promise<Manifest> {
     this.#checkOpen();

@@ -8,7 +8,13 @@ import { LRUCache } from 'lru-cache';
 import type { Digest } from '../src/core/bytes.ts';
 import { ChunkTable } from '../src/core/chunk-table.ts';
 import { asGridError, GridError, worthAnotherSource } from '../src/core/errors.ts';
-import { MANIFEST_BYTES_MAX, TABLE_BYTES_MAX, TAG_WAIT_MS, TAGS_BYTES_MAX } from '../src/core/limits.ts';
+import {
+  MANIFEST_BYTES_MAX,
+  TABLE_BYTES_MAX,
+  TAG_RECENT_MS,
+  TAG_WAIT_MS,
+  TAGS_BYTES_MAX,
+} from '../src/core/limits.ts';
 import { encodeTags, parseManifest, parseTags } from '../src/core/manifest.ts';
 import type { Manifest, Tag } from '../src/core/manifest.ts';
 import type { ChunkSource } from '../src/core/source.ts';
@@ -127,6 +133,8 @@ export class Catalog {
   readonly #manifestsInMemory = new LRUCache<Digest, Known<Manifest>>({ max: MANIFESTS_IN_MEMORY_MAX });
   #known: KnownTags | undefined;
   #freshUntilMs = 0;
+  /** When the source last answered, by performance.now(). */
+  #heardMs = -Infinity;
   #refresh: { readonly done: Promise<void>; readonly startedMs: number } | undefined;
   #saved: { readonly bytes: Buffer; readonly atMs: number } | undefined;
   /** Why the last known tags are served instead of the source's. */
@@ -178,15 +186,7 @@ export class Catalog {
   /** All tags, at most `tagTtlMs` old while the source answers; else the last known, if there are any. */
   async listTags(): Promise<Tag[]> {
     if (this.#known && performance.now() < this.#freshUntilMs) return this.#known.tags;
-    if (!this.#refresh) {
-      const done = this.#refreshTags().finally(() => {
-        this.#refresh = undefined;
-      });
-      // Nobody may be waiting any more when it fails.
-      done.catch(() => undefined);
-      this.#refresh = { done, startedMs: performance.now() };
-    }
-    const { done, startedMs } = this.#refresh;
+    const { done, startedMs } = this.#refreshing();
     if (!this.#known) {
       await done;
       return this.#known!.tags;
@@ -196,6 +196,26 @@ export class Catalog {
     if (waitMs > 0) await firstOf(done, waitMs);
     if (this.#refresh) this.#goStale(`${this.#context.source.name} has not answered for ${TAG_WAIT_MS} ms`);
     return this.#known.tags;
+  }
+
+  /** All tags at once, where the source said them less than TAG_RECENT_MS ago; it is asked again behind. */
+  recentTags(): Tag[] | undefined {
+    const nowMs = performance.now();
+    if (!this.#known || nowMs - this.#heardMs > TAG_RECENT_MS) return undefined;
+    if (nowMs >= this.#freshUntilMs) this.#refreshing();
+    return this.#known.tags;
+  }
+
+  #refreshing(): { readonly done: Promise<void>; readonly startedMs: number } {
+    if (!this.#refresh) {
+      const done = this.#refreshTags().finally(() => {
+        this.#refresh = undefined;
+      });
+      // Nobody may be waiting any more when it fails.
+      done.catch(() => undefined);
+      this.#refresh = { done, startedMs: performance.now() };
+    }
+    return this.#refresh;
   }
 
   /** How many tags are known, how old they are, and why they are not fresher. */
@@ -213,6 +233,7 @@ export class Catalog {
     try {
       const tags = await source.listTags();
       this.#known = { tags, asOfMs: Date.now() };
+      this.#heardMs = performance.now();
       if (this.#stale !== undefined) this.#context.log(`cache: tags are fresh again from ${source.name}`);
       this.#stale = undefined;
       this.#saveTags(tags);

@@ -9,7 +9,7 @@
  * chunk: a clock with many hands. An LRU list of 400,000 entries per 100 GiB would know no more than this does.
  */
 import type { ChunkTable } from '../src/core/chunk-table.ts';
-import { UNIT_ABSENT, UNIT_PRESENT, UNIT_UNVERIFIED } from '../src/core/image.ts';
+import { NOTE_READ, UNIT_ABSENT, UNIT_PRESENT, UNIT_UNVERIFIED } from '../src/core/image.ts';
 import { nextData } from '../src/core/linux.ts';
 import { chunkCountOf, chunkLengthOf } from '../src/core/manifest.ts';
 import type { Manifest } from '../src/core/manifest.ts';
@@ -22,7 +22,7 @@ export const UNIT_AHEAD = 3;
 /** Being taken away: not readable any more, not to be stored yet. */
 export const UNIT_EVICTING = 4;
 
-const NOTE_USED = 1;
+/** Beside NOTE_READ. */
 const NOTE_PREFETCHED = 2;
 
 /** Who wants to know what is read. */
@@ -39,6 +39,8 @@ export class ChunkStates {
   readonly stateBytes: SharedArrayBuffer;
   readonly touchedBytes: SharedArrayBuffer;
   readonly hashBytes: SharedArrayBuffer;
+  /** Survives the image's close (see ImageFigures). */
+  readonly noteBytes: SharedArrayBuffer;
   readonly touched: Uint8Array;
   /** Chunks of data that are on this disk, verified or not. */
   presentChunks = 0;
@@ -46,11 +48,10 @@ export class ChunkStates {
   readonly #states: Uint8Array;
   /** xxhash64 of each chunk of data that is or was on the disk; 0 where the main thread has to look. */
   readonly #hashes: BigUint64Array;
-  /** Survives the image's close (see ImageFigures). */
   readonly #notes: Uint8Array;
   readonly #usedAt: Uint32Array;
 
-  constructor(manifest: Manifest, table: ChunkTable, notes: Uint8Array) {
+  constructor(manifest: Manifest, table: ChunkTable, notes: SharedArrayBuffer) {
     const count = chunkCountOf(manifest);
     this.manifest = manifest;
     this.table = table;
@@ -61,7 +62,8 @@ export class ChunkStates {
     this.#states = new Uint8Array(this.stateBytes);
     this.touched = new Uint8Array(this.touchedBytes);
     this.#hashes = new BigUint64Array(this.hashBytes);
-    this.#notes = notes;
+    this.noteBytes = notes;
+    this.#notes = new Uint8Array(notes);
     this.#usedAt = new Uint32Array(count);
     this.#states.fill(UNIT_PRESENT);
     for (const [first, chunks] of table.extents()) this.#states.fill(UNIT_ABSENT, first, first + chunks);
@@ -162,7 +164,7 @@ export class ChunkStates {
     for (let index = touched.indexOf(1); index >= 0; index = touched.indexOf(1, index + 1)) {
       touched[index] = 0;
       if (this.table.entryOf(index) < 0) continue;
-      this.#notes[index]! |= NOTE_USED;
+      this.#notes[index]! |= NOTE_READ;
       this.#usedAt[index] = generation;
       used?.(index);
     }
@@ -181,24 +183,25 @@ export class ChunkStates {
   usage(): { touchedChunks: number; prefetchedUsedChunks: number } {
     for (const [first, chunks] of this.table.extents()) {
       for (let index = first; index < first + chunks; index++) {
-        if (this.touched[index] !== 0) this.#notes[index]! |= NOTE_USED;
+        if (this.touched[index] !== 0) this.#notes[index]! |= NOTE_READ;
       }
     }
-    return usageOf(this.#notes, this.table);
+    return usageOf(this.noteBytes, this.table);
   }
 }
 
 /** The same of an image that is closed. */
 export function usageOf(
-  notes: Uint8Array,
+  noteBytes: SharedArrayBuffer,
   table: ChunkTable,
 ): { touchedChunks: number; prefetchedUsedChunks: number } {
+  const notes = new Uint8Array(noteBytes);
   let touchedChunks = 0;
   let prefetchedUsedChunks = 0;
   for (const [first, chunks] of table.extents()) {
     for (let index = first; index < first + chunks; index++) {
       const note = notes[index]!;
-      if ((note & NOTE_USED) === 0) continue;
+      if ((note & NOTE_READ) === 0) continue;
       touchedChunks++;
       if ((note & NOTE_PREFETCHED) !== 0) prefetchedUsedChunks++;
     }

@@ -17,7 +17,7 @@ export interface ImageFigures extends FetchTally {
   /** Requests of frontends for the image itself, not for clones of it. */
   readonly usage: Usage;
   /** One byte per chunk, see chunk-states.ts. */
-  readonly notes: Uint8Array;
+  readonly notes: SharedArrayBuffer;
 }
 
 export function newFigures(chunkCount: number): ImageFigures {
@@ -33,6 +33,6 @@ export function newFigures(chunkCount: number): ImageFigures {
     refetchedChunks: 0,
     evictedChunks: 0,
     usage: new Usage(),
-    notes: new Uint8Array(chunkCount),
+    notes: new SharedArrayBuffer(chunkCount),
   };
 }

@@ -127,6 +127,7 @@ export class ImageDisk {
         unitBytes: this.#shape.chunkBytes,
         states: this.#states.stateBytes,
         touched: this.#states.touchedBytes,
+        notes: this.#states.noteBytes,
         hashes: this.#states.hashBytes,
       },
     };

@@ -82,6 +82,9 @@ export const CACHE_PREFETCH_BYTES_MAX = 48 * MIB;
 export const PROFILE_WINDOW_MS = 120_000;
 /** A moved tag is seen this much later; each expiry costs a round trip. */
 export const TAG_TTL_MS = 1000;
+/** A name in the tree may be this old, so that opening an image again costs no round trip; a request through the
+ * control socket (`vm run`, `clone create`) is not answered from names older than TAG_TTL_MS. */
+export const TAG_RECENT_MS = 30_000;
 /** How long a listing waits for the source when the last known tags are at hand. */
 export const TAG_WAIT_MS = 2000;
 

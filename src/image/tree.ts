@@ -19,6 +19,8 @@ import type { Manifest, Tag } from '../core/manifest.ts';
 export interface ImageCatalog {
   /** Cheap to call often: the same array as long as nothing moved. */
   listTags(): Promise<readonly Tag[]>;
+  /** The same without waiting, if they are recent; what is not among them may have come since. */
+  recentTags?(): readonly Tag[] | undefined;
   /** Throws not-found. */
   readManifest(digest: Digest): Promise<Manifest>;
   /** Read-only; every open is closed by the caller. */
@@ -86,7 +88,7 @@ class NameTree implements ImageTree {
       return second === CLONE_FILE ? cloneFile(clone) : await this.#clonePart(clone, second);
     }
     if (top !== 'images') return undefined;
-    const { names } = await this.#tags();
+    const { names } = await this.#tagsWith(first, second);
     if (first === undefined) return directory('images', latestOf(names.values(), this.#createdMs));
     const versions = names.get(first);
     if (!versions) return undefined;
@@ -153,8 +155,22 @@ class NameTree implements ImageTree {
     return this.#clones.space();
   }
 
+  /** Tags that may be a short while old if they have this image; else fresh ones. */
+  async #tagsWith(name: string | undefined, version: string | undefined): Promise<TagIndex> {
+    const recent = this.#catalog.recentTags?.();
+    if (recent) {
+      const index = this.#indexOf(recent);
+      const versions = name === undefined ? undefined : index.names.get(name);
+      if (name === undefined || (version === undefined ? versions : versions?.get(version))) return index;
+    }
+    return await this.#tags();
+  }
+
   async #tags(): Promise<TagIndex> {
-    const tags = await this.#catalog.listTags();
+    return this.#indexOf(await this.#catalog.listTags());
+  }
+
+  #indexOf(tags: readonly Tag[]): TagIndex {
     if (tags === this.#index.tags) return this.#index;
     const names = new Map<string, Map<string, Tag>>();
     for (const tag of tags) {

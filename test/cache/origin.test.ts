@@ -148,6 +148,19 @@ test('50 listings within the lifetime of the tags ask once; after it a moved tag
   assert.equal(source.tagCalls, 2);
 });
 
+test('recent tags come without waiting, and the source is asked behind', async () => {
+  const source = await harness.source();
+  const cache = await harness.open({ folder: harness.fresh(), source, tagTtlMs: 0 });
+  assert.equal(cache.recentTags(), undefined);
+  const tags = await cache.listTags();
+  source.arm({ delayMs: 50 });
+  assert.deepEqual(cache.recentTags(), tags);
+  assert.deepEqual(cache.recentTags(), tags);
+  for (let tries = 0; source.tagCalls < 2 && tries < 200; tries++)
+    await new Promise((resolve) => setTimeout(resolve, 5));
+  assert.equal(source.tagCalls, 2);
+});
+
 test('a source that does not answer delays a listing once, then the known tags come at once', async () => {
   const source = await harness.source();
   const cache = await harness.open({ folder: harness.fresh(), source, tagTtlMs: 0 });

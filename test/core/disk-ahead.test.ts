@@ -7,7 +7,7 @@ import path from 'node:path';
 import { after, test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { DiskAhead } from '../../src/core/disk-ahead.ts';
-import { UNIT_ABSENT, UNIT_PRESENT } from '../../src/core/image.ts';
+import { NOTE_READ, UNIT_ABSENT, UNIT_PRESENT } from '../../src/core/image.ts';
 import { KIB } from '../../src/core/limits.ts';
 
 const UNIT_BYTES = 64 * KIB;
@@ -30,14 +30,20 @@ function drop(): void {
   execFileSync('dd', [`of=${file}`, 'oflag=nocache', 'conv=notrunc', 'count=0', 'status=none']);
 }
 
-/** An open of the file: all of it is here but for the units named. */
-function open(absent: readonly number[] = []) {
+/** An open of the file: all of it is here but for the units named. `read`: what earlier opens had, if anybody knows. */
+function open(absent: readonly number[] = [], read?: readonly number[]) {
   drop();
+  const touched = new SharedArrayBuffer(UNITS);
+  const notes = new SharedArrayBuffer(UNITS);
+  for (const unit of read ?? []) new Uint8Array(notes)[unit] = NOTE_READ;
   const states = new SharedArrayBuffer(UNITS);
   const bytes = new Uint8Array(states).fill(UNIT_PRESENT);
   for (const unit of absent) bytes[unit] = UNIT_ABSENT;
   const met = new SharedArrayBuffer(UNITS);
-  return { ahead: new DiskAhead({ fd, unitBytes: UNIT_BYTES, states }, met), met: new Uint8Array(met) };
+  return {
+    ahead: new DiskAhead({ fd, unitBytes: UNIT_BYTES, states, touched, ...(read ? { notes } : {}) }, met),
+    met: new Uint8Array(met),
+  };
 }
 
 async function shows(units: number): Promise<void> {
@@ -77,6 +83,25 @@ test('a reader that jumps causes sixteen units more than it comes to, and no mor
   await sleep(50);
   const behind = residentUnits() - met;
   assert.ok(behind >= 16 && behind < 16 + 32, `${behind} units behind the ${met}`);
+});
+
+test('of what is here, what nobody has read is not read ahead where others were', { skip }, async () => {
+  const read = [3, 200, 201, 900, 1020];
+  const { ahead, met } = open([201], read);
+  ahead.note(900);
+  ahead.go();
+  await shows(4);
+  assert.deepEqual(
+    read.map((unit) => met[unit]),
+    [1, 1, 0, 2, 1],
+  );
+});
+
+test('where nobody has read anything yet, what is here is read ahead', { skip }, async () => {
+  const { ahead } = open([], []);
+  ahead.note(10);
+  ahead.go();
+  await shows(3);
 });
 
 test('each unit is asked for once by all threads of an open together', { skip }, async () => {

@@ -48,6 +48,7 @@ function makeWorld() {
   const world = {
     add,
     tags: [] as Tag[],
+    recent: undefined as Tag[] | undefined,
     clones: [] as CloneEntry[],
     read: [] as string[],
     opened: [] as string[],
@@ -55,6 +56,7 @@ function makeWorld() {
   const tree = createTree({
     catalog: {
       listTags: () => Promise.resolve(world.tags),
+      recentTags: () => world.recent,
       readManifest: (digest) => {
         world.read.push(digest);
         const manifest = manifests.get(digest);
@@ -256,4 +258,23 @@ test('with 2,000 tags, listings read no manifest, a lookup reads the one it need
   small.world.tags = [tagOf('image7', 'v107', small.world.add('disk', 107))];
   const oneMs = await lookupsMs((path) => small.tree.lookup(path));
   assert.ok(manyMs < 10 * oneMs, `a lookup does not walk all tags: ${manyMs} ms of 2,000, ${oneMs} of one`);
+});
+
+test('what recent tags have is found in them; what they lack, and a listing, in fresh ones', async () => {
+  const { tree, world } = makeWorld();
+  const tag = (version: string): Tag => ({
+    name: 'debian',
+    version,
+    manifest: world.add('disk', 4096),
+    moved: MOVED,
+  });
+  world.recent = [tag('12')];
+  world.tags = [tag('13')];
+  assert.equal((await tree.lookup(['images', 'debian', '12', 'disk.raw']))?.type, 'file');
+  assert.equal((await tree.lookup(['images', 'debian', '13']))?.type, 'directory');
+  assert.equal(await tree.lookup(['images', 'debian', '11']), undefined);
+  assert.deepEqual(
+    (await tree.list(['images', 'debian'])).map(({ name }) => name),
+    ['13'],
+  );
 });

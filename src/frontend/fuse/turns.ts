@@ -6,7 +6,9 @@
  *
  * AWAKE counts those that are in the device or at work without waiting. A token is one more of AWAKE that nobody has
  * taken yet. Whoever is about to rest first says so in RESTING and then looks at AWAKE again; whoever is about to
- * wait first takes itself out of AWAKE and then looks at RESTING: one of both sees the other.
+ * wait first takes itself out of AWAKE and then looks at RESTING: one of both sees the other. A token can be left for
+ * one who is not counted out of RESTING yet, and then lies there: it counts as one awake too many until somebody is
+ * about to rest and takes it instead.
  */
 
 /** As in mount.ts: a token for everybody. */
