@@ -20,6 +20,7 @@ import type { RemoteSource } from '../proxy/index.ts';
 import { table as textTable } from '../src/cli/kit.ts';
 import { ChunkTable } from '../src/core/chunk-table.ts';
 import { decodeChunk } from '../src/core/chunk.ts';
+import { ChunkDecoder } from '../src/core/decoder.ts';
 import type { ChunkRef } from '../src/core/chunk.ts';
 import { BATCH_CHUNKS_MAX, MIB } from '../src/core/limits.ts';
 import { chunkLengthOf, parseManifest } from '../src/core/manifest.ts';
@@ -136,6 +137,8 @@ function connectStock(scene: Scene, port: number): Promise<RemoteSource> {
 /** All chunks of the image, checked; written to `file` where one is given. Resolves when all of it is there. */
 async function pull(scene: Scene, source: RemoteSource, file?: string, signal?: AbortSignal): Promise<void> {
   const handle = file === undefined ? undefined : await open(file, 'w');
+  // As the cache does with what nobody waits for.
+  const decoder = new ChunkDecoder();
   const writes = new Set<Promise<unknown>>();
   let next = 0;
   const work = async () => {
@@ -145,11 +148,14 @@ async function pull(scene: Scene, source: RemoteSource, file?: string, signal?: 
       const priority = 'prefetch' as const;
       await source.readChunks(refs, signal ? { priority, signal } : { priority }, (index, chunk) => {
         const ref = refs[index]!;
-        const plain = decodeChunk(chunk, ref);
-        if (!handle) return;
-        const write = handle.write(plain, 0, plain.length, ref.offsetBytes);
+        const write = decoder
+          .decode(chunk, ref)
+          .then((plain) => handle?.write(plain, 0, plain.length, ref.offsetBytes));
         writes.add(write);
-        void write.finally(() => writes.delete(write));
+        write.then(
+          () => writes.delete(write),
+          () => undefined, // told by the wait for all of them
+        );
       });
       await Promise.all(writes);
     }
@@ -157,6 +163,7 @@ async function pull(scene: Scene, source: RemoteSource, file?: string, signal?: 
   try {
     await Promise.all(Array.from({ length: CALLS }, work));
   } finally {
+    await decoder.close();
     await handle?.close();
   }
 }

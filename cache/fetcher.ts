@@ -11,6 +11,7 @@
  */
 import { decodeChunk } from '../src/core/chunk.ts';
 import type { ChunkRef, StoredChunk } from '../src/core/chunk.ts';
+import { ChunkDecoder } from '../src/core/decoder.ts';
 import { asGridError, GridError } from '../src/core/errors.ts';
 import { BATCH_CHUNKS_MAX, CACHE_BATCHES_MAX, MIB } from '../src/core/limits.ts';
 import type { ChunkSource, Priority, WayFigures } from '../src/core/source.ts';
@@ -52,6 +53,8 @@ export class Fetcher {
   readonly #prefetch = new Map<string, Wanted>();
   readonly #ceiling: RateCeiling;
   readonly #readAround: boolean;
+  /** For what nobody waits for: see decoder.ts. */
+  readonly #decoder = new ChunkDecoder();
   #callsUnderWay = 0;
   #prefetchBytesUnderWay = 0;
   #scheduled = false;
@@ -132,6 +135,7 @@ export class Fetcher {
   close(): void {
     this.#abort.abort();
     clearTimeout(this.#timer);
+    void this.#decoder.close();
     const queued = [...this.#demand.splice(0), ...this.#prefetch.values()];
     this.#prefetch.clear();
     for (const wanted of queued) this.#reject(wanted, this.#closedError());
@@ -255,28 +259,45 @@ export class Fetcher {
   }
 
   #receive(wanted: Wanted, chunk: StoredChunk): void {
+    if (wanted.priority === 'prefetch') {
+      this.#decoder.decode(chunk, wanted.ref).then(
+        (plain) => this.#arrived(wanted, chunk, plain),
+        (error: unknown) => this.#undecoded(wanted, chunk, error),
+      );
+      return;
+    }
     let plain: Buffer;
     try {
       plain = decodeChunk(chunk, wanted.ref);
-    } catch (cause) {
-      this.corruptChunks++;
-      this.#source.reportCorrupt?.(wanted.ref, chunk); // another source of several is asked next time
-      const what = `chunk ${wanted.ref.digest.slice(0, 12)} from ${this.#source.name} is corrupt`;
-      this.#log(`cache: ${what}${wanted.again ? '' : ', asking once more'}`);
-      if (wanted.again || this.#abort.signal.aborted) {
-        const error = new GridError('corrupt', `${what}; run \`gridvfs store verify\` at its store`, {
-          cause,
-        });
-        this.#reject(wanted, error);
-      } else {
-        this.#askAgain(wanted);
-      }
+    } catch (error) {
+      this.#undecoded(wanted, chunk, error);
       return;
     }
+    this.#arrived(wanted, chunk, plain);
+  }
+
+  #arrived(wanted: Wanted, chunk: StoredChunk, plain: Buffer): void {
     wanted.tally.fetchedChunks++;
     wanted.tally.fetchedPlainBytes += plain.length;
     wanted.tally.fetchedStoredBytes += chunk.bytes.length;
     wanted.resolve(plain);
+  }
+
+  #undecoded(wanted: Wanted, chunk: StoredChunk, cause: unknown): void {
+    if (this.#abort.signal.aborted) {
+      this.#reject(wanted, this.#closedError());
+      return;
+    }
+    this.corruptChunks++;
+    this.#source.reportCorrupt?.(wanted.ref, chunk); // another source of several is asked next time
+    const what = `chunk ${wanted.ref.digest.slice(0, 12)} from ${this.#source.name} is corrupt`;
+    this.#log(`cache: ${what}${wanted.again ? '' : ', asking once more'}`);
+    if (!wanted.again) {
+      this.#askAgain(wanted);
+      return;
+    }
+    const text = `${what}; run \`gridvfs store verify\` at its store`;
+    this.#reject(wanted, new GridError('corrupt', text, { cause }));
   }
 
   #askAgain(wanted: Wanted): void {
