@@ -14,3 +14,4 @@ export { POLICIES } from './policies/hosts.ts';
 export type { ScheduleInfo } from './warming.ts';
 export type { WorkspaceInfo, WorkspaceRequest } from './workspaces.ts';
 export type { QuotaInfo } from './quotas.ts';
+export type { NetworkInfo } from './topology.ts';

@@ -268,6 +268,20 @@ export const schedule = answer({
   next: text,
   warmed: text,
 });
+export const linkRequest = object(
+  {
+    a: name,
+    b: name,
+    roundTripMs: { type: 'integer', minimum: 0, maximum: 60_000 },
+    bitsPerSecond: { type: 'integer', minimum: 1, maximum: Number.MAX_SAFE_INTEGER },
+  },
+  ['a', 'b'],
+);
+export const network = answer({
+  id: text,
+  hosts: integer,
+  links: list(answer({ to: text, roundTripMs: integer, bitsPerSecond: integer })),
+});
 /** With a call that makes a job: the same again is the same job. */
 export const keyHeaders = {
   type: 'object',

@@ -9,6 +9,8 @@ import { answerQuery, querySchema } from './query/index.ts';
 import type { Query } from './query/index.ts';
 import * as schemas from './schemas.ts';
 import { principalOf } from './server.ts';
+import { listNetworks, removeLink, setLink } from './topology.ts';
+import type { LinkRequest } from './topology.ts';
 
 const users = { roles: ['user', 'operator'] as const };
 const operators = { roles: ['operator'] as const };
@@ -23,6 +25,33 @@ export function userRoutes(app: FastifyInstance, broker: Broker): void {
     '/v1/hosts',
     { config: users, schema: { response: { 200: schemas.list(schemas.host), ...failures } } },
     () => broker.hosts.list(),
+  );
+  app.get(
+    '/v1/networks',
+    { config: users, schema: { response: { 200: schemas.list(schemas.network), ...failures } } },
+    () => listNetworks(broker.db),
+  );
+  app.put<{ Body: LinkRequest }>(
+    '/v1/links',
+    { config: operators, schema: { body: schemas.linkRequest, response: failures } },
+    async (request) => {
+      await setLink(broker.db, request.body);
+      return { linked: [request.body.a, request.body.b] };
+    },
+  );
+  app.delete<{ Params: { a: string; b: string } }>(
+    '/v1/links/:a/:b',
+    {
+      config: operators,
+      schema: {
+        params: { type: 'object', properties: { a: schemas.name, b: schemas.name }, required: ['a', 'b'] },
+        response: failures,
+      },
+    },
+    async ({ params: { a, b } }) => {
+      await removeLink(broker.db, a, b);
+      return { unlinked: [a, b] };
+    },
   );
   imageRoutes(app, broker);
 

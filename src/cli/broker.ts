@@ -19,6 +19,7 @@ import { GridError } from '../core/errors.ts';
 import { imagesVerb, imageVerbs, scheduleVerbs } from './broker-images.ts';
 import { checkJob, follow, vmTable, withBroker, withClient } from './broker-kit.ts';
 import type { Connection } from './broker-kit.ts';
+import { networkVerbs } from './broker-networks.ts';
 import { runVerb } from './broker-run.ts';
 import { vmVerbs } from './broker-vms.ts';
 import { bytesText, collect, parseBytes, parseCount, parseDuration, show, table, verb } from './kit.ts';
@@ -296,6 +297,7 @@ export function brokerVerbs(): Command {
     imagesVerb(),
     imageVerbs(),
     scheduleVerbs(),
+    ...networkVerbs(),
     queryVerb(),
     usageVerb(),
     tokenVerbs(),

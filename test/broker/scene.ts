@@ -3,6 +3,7 @@ import { randomUUID } from 'node:crypto';
 import type { BrokerClient } from '../../src/agent/broker-client.ts';
 import type { ImageInfo, JobInfo, VmInfo } from '../../src/broker/index.ts';
 import type { LeaseTimes } from '../../src/broker/loads.ts';
+import type { HostFacts } from '../../src/core/grid.ts';
 import { Cable, eventually, startBroker, TestHost, version } from './harness.ts';
 import type { Databases, Running } from './harness.ts';
 
@@ -28,6 +29,7 @@ export async function scene(
   databases: Databases,
   names: readonly string[],
   leaseTimes: LeaseTimes = { leaseMs: 20_000, marginMs: 10_000 },
+  factsOf: (name: string) => Partial<HostFacts> = () => ({}),
 ): Promise<Scene> {
   const database = await databases.fresh();
   const running = await startBroker(database, databases.folder, { leaseTimes });
@@ -36,10 +38,12 @@ export async function scene(
   const hosts: TestHost[] = [];
   const store = new Map<string, string>();
   for (const name of names) {
-    const host = new TestHost(`${name}-${databases.dialect}`, databases.folder, DEBIAN).connectBy(
-      await Cable.to(running.socket, databases.folder),
-      token,
-    );
+    const host = new TestHost(
+      `${name}-${databases.dialect}`,
+      databases.folder,
+      DEBIAN,
+      factsOf(name),
+    ).connectBy(await Cable.to(running.socket, databases.folder), token);
     host.machines.store = store;
     stack.defer(() => host.close());
     hosts.push(host);
