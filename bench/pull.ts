@@ -20,6 +20,7 @@ import type { RemoteSource } from '../proxy/index.ts';
 import { table as textTable } from '../src/cli/kit.ts';
 import { ChunkTable } from '../src/core/chunk-table.ts';
 import { decodeChunk } from '../src/core/chunk.ts';
+import { collectLess } from '../src/core/collector.ts';
 import { ChunkDecoder } from '../src/core/decoder.ts';
 import type { ChunkRef } from '../src/core/chunk.ts';
 import { BATCH_CHUNKS_MAX, MIB } from '../src/core/limits.ts';
@@ -419,6 +420,8 @@ async function main(): Promise<void> {
   say(`rows written to ${values.json}`);
 }
 
+// As the program does.
+collectLess();
 try {
   await main();
 } catch (error) {
