@@ -8,6 +8,13 @@ import path from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { ioctl, isRoot } from '../../src/core/linux.ts';
 
+/**
+ * `still`: the kernel lets nobody change a page while it is written to the disk (sysfs: stable_writes), as disks with
+ * checksums ask for. `moving`, which is what most disks say: a page that is written again meanwhile may reach the disk
+ * part old, part new.
+ */
+export type Pages = 'still' | 'moving';
+
 /** EXT4_IOC_SHUTDOWN = XFS_IOC_GOINGDOWN = _IOR('X', 125, u32), with "do not flush the log". */
 const SHUTDOWN = 0x8004587d;
 const NO_LOG_FLUSH = 2;
@@ -34,7 +41,7 @@ export class CrashingDisk {
   #mounted = false;
 
   /** Not yet mounted; `dispose` when done. */
-  constructor(folder: string, type: 'ext4' | 'xfs', sizeBytes: number) {
+  constructor(folder: string, type: 'ext4' | 'xfs', sizeBytes: number, pages: Pages = 'moving') {
     this.mountpoint = path.join(folder, type);
     mkdirSync(this.mountpoint);
     const file = path.join(folder, `${type}.img`);
@@ -42,6 +49,13 @@ export class CrashingDisk {
     truncateSync(file, sizeBytes);
     run(`mkfs.${type}`, '-q', file);
     this.#loop = run('losetup', '--show', '-f', file).trim();
+    this.#setPages(pages);
+  }
+
+  /** What is mounted from now on obeys it. */
+  #setPages(pages: Pages): void {
+    const file = `/sys/block/${path.basename(this.#loop)}/queue/stable_writes`;
+    writeFileSync(file, pages === 'still' ? '1' : '0');
   }
 
   mount(): void {
@@ -79,6 +93,8 @@ export class CrashingDisk {
 
   async dispose(): Promise<void> {
     if (this.#mounted) await this.unmount();
+    // The kernel keeps it for whoever has the loop device next.
+    this.#setPages('moving');
     run('losetup', '-d', this.#loop);
   }
 }
