@@ -130,6 +130,13 @@ export class Tier implements ChunkSource {
     await source.recordProfile(manifest, purpose, recording);
   }
 
+  /** A site keeps what it likes; the origin is where images are held. */
+  async hold(holder: string, manifests: readonly Digest[]): Promise<void> {
+    const { source } = this.#cache;
+    if (!source.hold) throw new GridError('denied', `${source.name} holds nothing for hosts`);
+    await source.hold(holder, manifests);
+  }
+
   /** Ends reads that wait (`closed`) and lets go of the images; the cache stays open. Idempotent. */
   async close(): Promise<void> {
     if (this.#abort.signal.aborted) return;

@@ -194,6 +194,15 @@ export class FailoverSource implements ChunkSource {
     });
   }
 
+  /** In each that is there and keeps something for hosts; with one of them it is held. */
+  async hold(holder: string, manifests: readonly Digest[]): Promise<void> {
+    const holding = this.#members.flatMap(({ source }) => source?.hold?.(holder, manifests) ?? []);
+    const results = await Promise.allSettled(holding);
+    if (results.some(({ status }) => status === 'fulfilled')) return;
+    const failed = results.find((result) => result.status === 'rejected');
+    throw failed?.reason ?? new GridError('denied', `${this.name} holds nothing for hosts`);
+  }
+
   /** Of the first source, up or not: what is made there the others get, or not, in their own ways. */
   get uploads(): UploadTarget | undefined {
     return this.#members[0]!.source?.uploads;

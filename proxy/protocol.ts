@@ -10,6 +10,7 @@
  *   GET  /v1/profiles/<ab>/<manifest>/<purpose>.json   the profile, where there is one
  *   POST the same                    merges a recording into it; only over a way that says who comes (ssh, stdio,
  *                                    a unix socket): plain http is answered with `denied`
+ *   POST /v1/holds/<holder>          what a host's clones lie on (holds.ts)
  *   POST /v1/uploads/…               new images (upload-protocol.ts)
  *   POST /v1/batch                   many chunks for one round trip
  *   GET  /healthz                    { status: 'ok' | 'degraded', reason? }

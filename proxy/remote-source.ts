@@ -36,6 +36,7 @@ import type { Purpose } from '../src/core/profile.ts';
 import type { ChunkSource, ReadChunksOptions, WayFigures } from '../src/core/source.ts';
 import { BulkWindow } from './bulk-window.ts';
 import { greet } from './greeting.ts';
+import { holdClient } from './holds.ts';
 import { LanePool } from './lane-pool.ts';
 import {
   BATCH_PATH,
@@ -73,6 +74,7 @@ const OCTETS = 'application/octet-stream';
 export class RemoteSource implements ChunkSource {
   readonly name: string;
   readonly uploads = new UploadClient(this, (wanted) => this.#fetch(wanted));
+  readonly hold = holdClient(this, (wanted) => this.#fetch(wanted));
   readonly #transport: Transport;
   readonly #reconnectTimeoutMs: number;
   readonly #onEvent: (event: SourceEvent) => void;
@@ -161,9 +163,8 @@ export class RemoteSource implements ChunkSource {
   /** Should the way break before the answer comes, it is sent again and may count as two runs; sets stay the same. */
   async recordProfile(manifest: Digest, purpose: Purpose, recording: Buffer): Promise<void> {
     const path = profilePath(manifest, purpose);
-    if (this.#static) {
-      throw new GridError('denied', `${this.name} is a static web server and takes no recordings`);
-    }
+    const refusal = `${this.name} is a static web server and takes no recordings`;
+    if (this.#static) throw new GridError('denied', refusal);
     await this.#fetch({ path, bytesMax: ANSWER_BYTES_MAX, body: recording });
   }
 

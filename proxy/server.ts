@@ -37,6 +37,7 @@ import {
   parseBatchRequest,
   profilePath,
 } from './protocol.ts';
+import { holdRoutes } from './holds.ts';
 import type { ServedRoute, ServerMetrics } from './server-metrics.ts';
 import { StreamSocket } from './stream-socket.ts';
 import { uploadRoutes } from './upload-routes.ts';
@@ -60,7 +61,7 @@ export interface ServerOptions {
 }
 
 export interface AttachOptions {
-  /** Whoever is on this stream was authenticated: it may record profiles. */
+  /** Whoever is on this stream was authenticated: it may record profiles and hold images. */
   readonly authenticated?: boolean;
   /** It may also make new images; default: what `acceptUploads` says for those authenticated. */
   readonly mayUpload?: boolean;
@@ -88,6 +89,7 @@ export function createServer(source: ChunkSource, options: ServerOptions = {}): 
   const uploadStreams = new WeakSet<Duplex>();
   defineRoutes(app, source, stopping.signal, options);
   profileRoutes(app, source, authenticatedStreams);
+  holdRoutes(app, source, authenticatedStreams);
   uploadRoutes(app, source.uploads, ({ raw }) => uploadStreams.has(raw.socket));
   const ready = app.ready();
   ready.then(undefined, () => {}); // attach and listen report it

@@ -152,6 +152,7 @@ export class ProxyMetrics {
       },
       ...(source.readProfile ? { readProfile: source.readProfile.bind(source) } : {}),
       ...(source.recordProfile ? { recordProfile: source.recordProfile.bind(source) } : {}),
+      ...(source.hold ? { hold: source.hold.bind(source) } : {}),
       ...(source.reportCorrupt ? { reportCorrupt: source.reportCorrupt.bind(source) } : {}),
       ...(source.way ? { way: source.way.bind(source) } : {}),
       close: () => source.close(),

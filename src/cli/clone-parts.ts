@@ -9,6 +9,7 @@ import type { CloneWork } from '../agent/clone-routes.ts';
 import type { Clones } from '../agent/clones.ts';
 import type { LongTask } from '../agent/long-call.ts';
 import type { Digest } from '../core/bytes.ts';
+import type { Image } from '../core/image.ts';
 import { ChunkTable } from '../core/chunk-table.ts';
 import { GridError } from '../core/errors.ts';
 import { LAYER_BLOCK_BYTES } from '../core/limits.ts';
@@ -39,7 +40,7 @@ export function cloneParts(cache: Cache, quiet = new QuietPoints()): CloneParts 
   return {
     createLayer: createLayerOver,
     async openDisk(chain, image): Promise<Disk> {
-      const base = image === undefined ? zeroImage() : await cache.openImage(image);
+      const base = image === undefined ? zeroImage() : await openBase(cache, image);
       try {
         return diskOf(openClone(base, await openChain(chain)), { cache, quiet, image });
       } catch (error) {
@@ -47,6 +48,30 @@ export function cloneParts(cache: Cache, quiet = new QuietPoints()): CloneParts 
         throw error;
       }
     },
+  };
+}
+
+/** What a clone lies on. That some of it is not at the source any more is said so: "not found" would be the clone. */
+async function openBase(cache: Cache, digest: Digest): Promise<Image> {
+  const gone = (cause: unknown): never => {
+    if (!(cause instanceof GridError) || cause.code !== 'not-found') throw cause;
+    throw new GridError(
+      'wrong-base',
+      `the clone lies on image ${digest}, and the source has no longer all of it: a garbage collection took what neither a name, a pin nor a hold kept (${cause.message}); the same content imported there again makes the clone whole`,
+      { cause },
+    );
+  };
+  const image = await cache.openImage(digest).catch(gone);
+  return {
+    sizeBytes: image.sizeBytes,
+    writable: false,
+    ...(image.direct ? { direct: image.direct } : {}),
+    read: (target, offsetBytes) => image.read(target, offsetBytes).catch(gone),
+    write: () => image.write(),
+    trim: () => image.trim(),
+    flush: () => image.flush(),
+    claimWhole: (options) => image.claimWhole(options),
+    close: () => image.close(),
   };
 }
 

@@ -20,6 +20,7 @@ import {
 } from '../../proxy/index.ts';
 import { Clones } from '../agent/clones.ts';
 import { serveControl } from '../agent/control.ts';
+import { Holds } from '../agent/holds.ts';
 import { listenMetrics, ProxyMetrics } from '../agent/metrics.ts';
 import type { SourceForMetrics } from '../agent/metrics.ts';
 import { asGridError, GridError } from '../core/errors.ts';
@@ -364,6 +365,10 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
       );
       stack.defer(() => link.close());
     }
+    const bases = () =>
+      clones.records().flatMap((clone) => (clone.detached === undefined ? [clone.base] : []));
+    const holds = new Holds({ source, stateFolder: paths.state, bases, log });
+    stack.defer(() => holds.close());
     await writeRecord(record);
     void mount.ended.then(async ({ reason }) => {
       if (stopping) return; // by us: whoever asked for it goes on when it has its answer

@@ -52,6 +52,12 @@ export class PatientSource implements ChunkSource {
     await (await this.#connected).readChunks(refs, options, deliver);
   }
 
+  async hold(holder: string, manifests: readonly string[]): Promise<void> {
+    const source = await this.#connected;
+    if (!source.hold) throw new GridError('denied', `${this.name} holds nothing for hosts`);
+    await source.hold(holder, manifests);
+  }
+
   async close(): Promise<void> {
     this.#closing.abort();
     const source = await this.#connected.catch(() => undefined);

@@ -330,6 +330,28 @@ function unpinVerb(): Command {
     });
 }
 
+function holdsVerb(): Command {
+  return verb('holds', 'List the images that are kept because clones of some host lie on them.', [
+    'gridvfs store holds /srv/store',
+  ])
+    .argument('<store>')
+    .addOption(jsonOption())
+    .action(async (folder: string, options: Json) => {
+      const holds = (await (await openStore(folder)).listHolds()).map(({ renewedMs, ...hold }) => ({
+        ...hold,
+        renewed: new Date(renewedMs).toISOString(),
+      }));
+      show(options, holds, () =>
+        table(
+          ['HOST', 'RENEWED', 'MANIFEST'],
+          holds.flatMap(({ holder, renewed, manifests }) =>
+            manifests.map((manifest) => [holder, renewed, manifest]),
+          ),
+        ),
+      );
+    });
+}
+
 export function storeVerbs(): Command {
   const group = verb('store', 'Make stores; import, export, list and verify images; collect garbage.');
   group.addCommand(
@@ -372,6 +394,6 @@ export function storeVerbs(): Command {
         show(options, { removed: `${name}:${version}` }, () => `removed ${name}:${version}`);
       }),
   );
-  for (const more of [pinVerb(), unpinVerb(), verifyVerb(), gcVerb()]) group.addCommand(more);
+  for (const more of [pinVerb(), unpinVerb(), holdsVerb(), verifyVerb(), gcVerb()]) group.addCommand(more);
   return group;
 }

@@ -48,6 +48,14 @@ export const PROFILE_RUNS_MAX = 32;
 /** Purposes that one manifest may have profiles for; the names come from outside and become files. */
 export const PROFILE_PURPOSES_MAX = 16;
 
+/** How long a store keeps the images of a host's clones after the host last said that it has them: longer than a
+ * holiday, so that a host that was off finds them again. */
+export const HOLD_MS = 30 * 24 * 3_600_000;
+/** Images that one host's clones lie on. */
+export const HOLD_MANIFESTS_MAX = 4096;
+/** Hosts that a store keeps images for; each is one file in one folder. */
+export const HOLDERS_MAX = 10_000;
+
 /** Chunks in one batch request: 256 × 256 KiB is 64 MiB plain, about two seconds of a 100 Mbit/s link; the
  * request itself is 8 KiB of digests. */
 export const BATCH_CHUNKS_MAX = 256;

@@ -62,6 +62,13 @@ export interface ChunkSource {
    * written to, bad-format. */
   recordProfile?(manifest: Digest, purpose: Purpose, recording: Buffer): Promise<void>;
 
+  /**
+   * Keeps these images, which clones lie on, from garbage collection for HOLD_MS, whatever becomes of their names;
+   * replaces what `holder` held before. What is not there is passed over. Throws bad-request, denied where nothing
+   * is kept for hosts. A source that has nothing to keep has no such method.
+   */
+  hold?(holder: string, manifests: readonly Digest[]): Promise<void>;
+
   /** Takes new images. A source that nobody can write to has none; one that may refuse says so when it is asked. */
   readonly uploads?: UploadTarget | undefined;
 

@@ -1,14 +1,14 @@
 /**
  * Garbage collection: removes the manifests, tables, chunks and profiles that nothing needs.
  *
- * What is kept: whatever a tag, a pin or a manifest that is kept itself reaches (its table, chunks and parts; not its
+ * What is kept: whatever a tag, a pin, a clone on some host (holds.ts) or a manifest that is kept itself reaches (its table, chunks and parts; not its
  * parent, which is where it comes from and not what it is made of, unless it is a pushed clone: then whoever pulls it
  * lays it over its parent), and everything that is younger than the grace
  * time or than the oldest import that runs. The grace time is for what an import that was killed has stored: the
  * next one goes on there.
  *
  * Imports go on meanwhile. The store's lock is held for one batch at a time, and under it
- *  1. tags, pins and young manifests are looked at again, and what they reach is marked;
+ *  1. tags, pins, holds and young manifests are looked at again, and what they reach is marked;
  *  2. the file `swept` gets another text; 3. what of the batch is still unmarked and old is removed.
  * An import may have found a chunk in the store that goes away in step 3 because no tag reaches it yet. It gives its
  * manifest a name under the same lock (Writer.publish), so either step 1 of every later batch sees the manifest, or
@@ -26,6 +26,7 @@ import { isDigest } from '../core/bytes.ts';
 import type { Digest } from '../core/bytes.ts';
 import { asGridError, GridError } from '../core/errors.ts';
 import { LABEL_PUSH_LINEAGE, parseManifest } from '../core/manifest.ts';
+import { dropOldHolds } from './holds.ts';
 import { entriesOf, OBJECT_KINDS, syncFolder } from './layout.ts';
 import type { ObjectKind } from './layout.ts';
 import { withStoreLock } from './lock.ts';
@@ -96,7 +97,12 @@ class GcRun {
       for (const { name, isFolder } of await entriesOf(layout.kind(kind)))
         if (isFolder) shards.push([kind, path.join(layout.kind(kind), name)]);
     }
-    if (!this.#options.dryRun) await withStoreLock(layout, () => void tendWriters(layout));
+    if (!this.#options.dryRun) {
+      await withStoreLock(layout, async () => {
+        tendWriters(layout);
+        await dropOldHolds(layout);
+      });
+    }
     // The long part of marking, before anybody has to wait for it.
     await this.#mark(this.#graceSinceMs, false);
     for (const [done, [kind, folder]] of shards.entries()) {
@@ -115,7 +121,7 @@ class GcRun {
   }
 
   /**
-   * Marks what tags, pins and manifests younger than `sinceMs` reach. Only what is not marked yet is read.
+   * Marks what tags, pins, holds and manifests younger than `sinceMs` reach. Only what is not marked yet is read.
    * `isLocked`: the caller holds the store's lock, so what is not there is damage and not somebody's work.
    */
   async #mark(sinceMs: number, isLocked: boolean): Promise<void> {
@@ -128,6 +134,17 @@ class GcRun {
         await this.#markManifest(digest);
       } catch (error) {
         if (!(error instanceof GridError) || isLocked) throw unknowable(error, digest);
+      }
+    }
+    for (const { manifests } of await this.#store.listHolds()) {
+      for (const digest of manifests) {
+        try {
+          await this.#markManifest(digest);
+        } catch (error) {
+          // A host may name what was never here, or went while it was away.
+          const isGone = error instanceof GridError && error.code === 'not-found';
+          if (!isGone && (!(error instanceof GridError) || isLocked)) throw unknowable(error, digest);
+        }
       }
     }
     for (const { name: shard } of await entriesOf(this.#store.layout.kind('manifests'))) {

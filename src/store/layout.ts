@@ -14,9 +14,10 @@
  *  - What lies below v1/ is what a server offers, under the same path; nothing else is offered.
  *
  *  gridvfs-store.json            {"format":"gridvfs-store","version":1}
- *  lock                          empty; flock'ed by who changes tags or pins, starts a writer, sweeps
+ *  lock                          empty; flock'ed by who changes tags, pins or holds, starts a writer, sweeps
  *  swept                         another text after each sweep of a garbage collection
  *  pins/DIGEST                   empty; this manifest is kept though no tag points at it
+ *  holds/HOLDER                  digests, a line each, that the clones of a host lie on (holds.ts)
  *  tmp/ID/lock                   empty; flock'ed by the writer ID (ID = pid-random)
  *  tmp/ID/…                      its unfinished files
  *  v1/tags.json                  encodeTags() of core/manifest.ts
@@ -48,6 +49,7 @@ export class StoreLayout {
   readonly tmp: string;
   readonly swept: string;
   readonly pins: string;
+  readonly holds: string;
   /** The root of what a server offers. */
   readonly v1: string;
   readonly tags: string;
@@ -59,6 +61,7 @@ export class StoreLayout {
     this.tmp = path.join(folder, 'tmp');
     this.swept = path.join(folder, 'swept');
     this.pins = path.join(folder, 'pins');
+    this.holds = path.join(folder, 'holds');
     this.v1 = path.join(folder, 'v1');
     this.tags = path.join(this.v1, 'tags.json');
   }

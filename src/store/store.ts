@@ -36,6 +36,8 @@ import {
 import type { ObjectKind } from './layout.ts';
 import { withStoreLock } from './lock.ts';
 import { nearTags } from './near.ts';
+import { readHolds, writeHold } from './holds.ts';
+import type { Hold } from './holds.ts';
 import { readProfile, recordProfile } from './profiles.ts';
 import { storeUploads } from './uploads.ts';
 
@@ -258,6 +260,16 @@ export class Store implements ChunkSource {
   /** The pinned manifests, sorted. */
   async listPins(): Promise<Digest[]> {
     return (await entriesOf(this.layout.pins)).map(({ name }) => name).filter(isDigest);
+  }
+
+  /** See ChunkSource. Durable when it resolves. */
+  async hold(holder: string, manifests: readonly Digest[]): Promise<void> {
+    await writeHold(this.layout, holder, manifests);
+  }
+
+  /** What hosts hold. */
+  listHolds(): Promise<Hold[]> {
+    return readHolds(this.layout);
   }
 
   async readManifest(digest: Digest): Promise<Buffer> {

@@ -1,7 +1,9 @@
 /** Several sources for one store: who is asked, who is left out and for how long, and that no chunk is missing,
  * doubled or wrong whatever one of them does. */
 import assert from 'node:assert/strict';
+import http from 'node:http';
 import type { AddressInfo } from 'node:net';
+import path from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { after, before, describe, test } from 'node:test';
 import { FailoverSource, connectSource, connectSources, createServer } from '../../proxy/index.ts';
@@ -345,6 +347,44 @@ describe('profiles on the wire', () => {
       assert.deepEqual(profile.early, [[0, 3]]);
       await failsWith(source.readProfile(digest, '../../x'), 'bad-request');
       await failsWith(source.readProfile('../../x', 'boot'), 'bad-request');
+    } finally {
+      await source.close();
+      await server.close();
+      await served.close();
+    }
+  });
+
+  test('images are held over a unix socket and not over plain http, and only by what is a digest', async () => {
+    const { digest } = ground.fixture;
+    const served = await store();
+    const server = createServer(served);
+    const { port } = (await server.listen({ host: '127.0.0.1', port: 0 })) as AddressInfo;
+    const socketPath = path.join(ground.folder, 'holds.sock');
+    await server.listen({ path: socketPath });
+    const source = await connectSource(`http://127.0.0.1:${port}`);
+    const post = (body: string) =>
+      new Promise<number>((resolve, reject) => {
+        const headers = { 'content-type': 'application/octet-stream' };
+        http
+          .request({ socketPath, path: '/v1/holds/host-a', method: 'POST', headers }, (answer) => {
+            answer.resume();
+            resolve(answer.statusCode!);
+          })
+          .on('error', reject)
+          .end(body);
+      });
+    try {
+      await failsWith(source.hold('host-a', [digest]), 'denied', /ssh/);
+      assert.deepEqual(await served.listHolds(), []);
+      assert.equal(await post(JSON.stringify([digest])), 200);
+      const held = (await served.listHolds()).map(({ holder, manifests }) => [holder, manifests]);
+      assert.deepEqual(held, [['host-a', [digest]]]);
+      for (const body of ['', '{}', '["../lock"]', JSON.stringify([digest, 7])]) {
+        assert.equal(await post(body), 400, body);
+      }
+      await failsWith(source.hold('../../x', [digest]), 'bad-request');
+      assert.equal(await post('[]'), 200);
+      assert.deepEqual(await served.listHolds(), []);
     } finally {
       await source.close();
       await server.close();

@@ -14,7 +14,7 @@ import path from 'node:path';
 import { createInterface } from 'node:readline';
 import { test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
-import { KIB, MIB } from '../../src/core/limits.ts';
+import { HOLD_MS, KIB, MIB } from '../../src/core/limits.ts';
 import { encodeProfile } from '../../src/core/profile.ts';
 import { collectGarbage, importImage, openStore, verifyStore } from '../../src/store/index.ts';
 import type { ImportResult, Store } from '../../src/store/index.ts';
@@ -128,6 +128,33 @@ test('pins and parts keep what they reach, a child does not keep its parent', as
   await failsWith(store.unpin('../lock'), 'bad-request');
   assert.equal((await collectGarbage(store)).removed.chunks, 10);
   await assertWhole(store);
+});
+
+test('what a host holds stays, in whatever way its names go, until the host lets go of it or is silent for a month', async () => {
+  const store = await newStore(folder);
+  const base = await importOf(store, fileOf(range(600, 610)), 'base:1');
+  const other = await importOf(store, fileOf(range(620, 630)), 'other:1');
+  await store.hold('host-a', [base.digest, 'ab'.repeat(32)]);
+  await store.hold('host-b', [base.digest, other.digest]);
+  await store.removeTag('base', '1');
+  await store.removeTag('other', '1');
+  makeOld(store);
+  assert.equal((await collectGarbage(store)).removed.manifests, 0);
+  await store.hold('host-b', [base.digest]);
+  assert.equal((await collectGarbage(store, { dryRun: true })).removed.manifests, 1);
+  assert.equal((await collectGarbage(store)).removed.manifests, 1);
+  await readBack(store, base.digest);
+  await store.hold('host-b', []);
+  assert.deepEqual(
+    (await store.listHolds()).map(({ holder }) => holder),
+    ['host-a'],
+  );
+  const silent = new Date(Date.now() - HOLD_MS - 1000);
+  utimesSync(path.join(store.layout.holds, 'host-a'), silent, silent);
+  assert.equal((await collectGarbage(store)).removed.manifests, 1);
+  assert.deepEqual(readdirSync(store.layout.holds), []);
+  await failsWith(store.hold('../lock', [base.digest]), 'bad-request');
+  await failsWith(store.hold('host-a', ['../lock']), 'bad-request');
 });
 
 test('profiles go with their manifest', async () => {
