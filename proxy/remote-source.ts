@@ -162,10 +162,9 @@ export class RemoteSource implements ChunkSource {
 
   /** Should the way break before the answer comes, it is sent again and may count as two runs; sets stay the same. */
   async recordProfile(manifest: Digest, purpose: Purpose, recording: Buffer): Promise<void> {
-    const path = profilePath(manifest, purpose);
     const refusal = `${this.name} is a static web server and takes no recordings`;
     if (this.#static) throw new GridError('denied', refusal);
-    await this.#fetch({ path, bytesMax: ANSWER_BYTES_MAX, body: recording });
+    await this.#fetch({ path: profilePath(manifest, purpose), bytesMax: ANSWER_BYTES_MAX, body: recording });
   }
 
   way(): WayFigures | undefined {

@@ -9,14 +9,16 @@
 import { existsSync } from 'node:fs';
 import { sha256 } from '../core/bytes.ts';
 import type { Digest } from '../core/bytes.ts';
-import { GridError } from '../core/errors.ts';
-import { LAYER_BLOCK_BYTES, MIB } from '../core/limits.ts';
+import type { ChunkRef } from '../core/chunk.ts';
+import { asGridError, GridError } from '../core/errors.ts';
+import { LAYER_BLOCK_BYTES, MIB, STORED_OVERHEAD_BYTES_MAX } from '../core/limits.ts';
 import { chunkLengthOf, parseManifest } from '../core/manifest.ts';
 import type { Tag } from '../core/manifest.ts';
 import type { NewImage } from '../core/uploads.ts';
 import { Batches } from './batches.ts';
 import type { PackedChunk, PackJob } from './jobs.ts';
 import { Lanes } from './lanes.ts';
+import { readBounded } from './layout.ts';
 import { checkCancelled, makeVersion } from './new-version.ts';
 import type { Changes, NewVersion, NewVersionOptions, Packed, VersionEnd } from './new-version.ts';
 import type { Store } from './store.ts';
@@ -25,8 +27,9 @@ import { Writer } from './writer.ts';
 const BLOCK = LAYER_BLOCK_BYTES;
 /** A unit of work of a lane. */
 const UNIT_BYTES = 1 * MIB;
-/** Units that are read before a lane is free for them. */
-const UNITS_AHEAD = 4;
+/** Units that are read before a lane is free for them, with what they need of the parent's chunks: those are scattered
+ * files that may have to come from a disk, one after the other where a lane waited for each. */
+const UNITS_AHEAD = 16;
 /** Below this much the start of threads takes longer than the work. */
 const INLINE_BYTES_MAX = 8 * MIB;
 
@@ -138,6 +141,15 @@ class StoreEnd implements VersionEnd {
     }
   }
 
+  async #readBelow({ digest, plainBytes }: ChunkRef): Promise<Buffer> {
+    const { layout } = this.#store;
+    try {
+      return await readBounded(layout.object('chunks', digest), plainBytes + STORED_OVERHEAD_BYTES_MAX);
+    } catch (error) {
+      throw asGridError(error, `cannot read chunk ${digest} of the store ${layout.folder}`);
+    }
+  }
+
   /** Changed blocks, and, where it costs less than unpacking, what lies around them. */
   async #read(unit: Unit, { size, refBelow, reference }: Changes, renew: boolean): Promise<PackJob> {
     const { firstChunk, lengthBytes } = unit;
@@ -165,13 +177,19 @@ class StoreEnd implements VersionEnd {
       if (i === first) continue;
       reads.push(this.#disk.read(plain.subarray(first * BLOCK, i * BLOCK), startBytes + first * BLOCK));
     }
+    const stored: (Buffer | undefined)[] = [];
+    for (const [i, below] of chunks.entries()) {
+      const part = has.subarray((i * chunkBytes) / BLOCK, ((i + 1) * chunkBytes) / BLOCK);
+      if (below && part.includes(0))
+        reads.push(this.#readBelow(below).then((bytes) => void (stored[i] = bytes)));
+    }
     for (const result of await Promise.allSettled(reads))
       if (result.status === 'rejected') throw result.reason;
     return {
       type: 'pack',
       fd: -1,
       plain,
-      below: { blockBytes: BLOCK, has, chunks },
+      below: { blockBytes: BLOCK, has, chunks, stored },
       path: reference,
       storeFolder: this.#store.layout.folder,
       writerFolder: this.#writer.folder,

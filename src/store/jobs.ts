@@ -47,6 +47,8 @@ export interface PackBelow {
   readonly has: Uint8Array;
   /** One per chunk; undefined for zeros. The lengths are plain bytes. */
   readonly chunks: readonly (ChunkRef | undefined)[];
+  /** Their stored bytes, of those that are needed. */
+  readonly stored: readonly (Uint8Array | undefined)[];
 }
 
 export interface PackedChunk {
@@ -137,15 +139,14 @@ function pack(job: PackJob): PackedChunk[] {
 }
 
 /** Puts the blocks of the chunks below where `plain` has none of its own; there it is zeros before. */
-function completeFrom(below: PackBelow, plain: Uint8Array, { chunkBytes, storeFolder }: PackJob): void {
+function completeFrom(below: PackBelow, plain: Uint8Array, { chunkBytes }: PackJob): void {
   const { blockBytes, has } = below;
-  const layout = new StoreLayout(storeFolder);
   for (const [i, ref] of below.chunks.entries()) {
+    const bytes = below.stored[i];
+    if (!ref || !bytes) continue;
     const start = i * chunkBytes;
     const first = start / blockBytes;
     const count = Math.ceil(Math.min(chunkBytes, plain.length - start) / blockBytes);
-    if (!ref || has.subarray(first, first + count).every((own) => own === 1)) continue;
-    const bytes = readFileSync(layout.object('chunks', ref.digest));
     const chunk = decodeChunk({ encoding: 'zstd', bytes }, ref);
     for (let block = 0; block < count; block++) {
       if (has[first + block] === 1) continue;
