@@ -1,11 +1,19 @@
-/** A host tells its source which images its clones lie on: when that changes, under one name, and without a flood. */
+/**
+ * A host tells its source which images its clones lie on: when that changes, under one name, and without a flood. And
+ * what a clone says whose image is gone there all the same.
+ *
+ * Guarded line, tried by taking it out: clone-parts.ts openBase, `gone` at the read (a code that is of the clone).
+ */
 import assert from 'node:assert/strict';
-import { mkdtempSync, rmSync } from 'node:fs';
+import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { after, test } from 'node:test';
 import { Holds } from '../../src/agent/holds.ts';
 import { GridError } from '../../src/core/errors.ts';
+import { collectGarbage, importImage } from '../../src/store/index.ts';
+import { hasCode } from '../suites/image.ts';
+import { CloneWorld } from './clone-world.ts';
 
 const A = 'a'.repeat(64);
 const B = 'b'.repeat(64);
@@ -57,4 +65,29 @@ test('it is told when it changes, also that nothing is left, and after a restart
   assert.equal(log.length, 1);
   assert.match(log[0]!, /no holds here.*gridvfs store pin/);
   holds.close();
+});
+
+test('a clone whose image was collected says so, keeps what is its own, and is whole when the content is there again', async () => {
+  const world = await CloneWorld.create();
+  try {
+    const { store, content } = world;
+    const { chunkBytes } = await world.cache.readManifest(world.digest);
+    const own = Buffer.alloc(4096, 7);
+    await world.make('a', { kind: 'persistent' });
+    await world.write('a', 0, own);
+    for (const { name, version } of await store.listTags()) await store.removeTag(name, version);
+    assert.equal((await collectGarbage(store, { graceMs: 0 })).removed.manifests, 1);
+    await assert.rejects(() => world.read('a'), hasCode('wrong-base'));
+    const mine = Buffer.alloc(4096);
+    await world.using('a', (disk) => disk.read(mine, 0));
+    assert.ok(mine.equals(own));
+
+    const raw = path.join(world.folder, 'again.raw');
+    writeFileSync(raw, content);
+    await importImage(store, { path: raw, reference: 'again:1', chunkBytes, format: 'raw' });
+    own.copy(content);
+    assert.ok((await world.read('a')).equals(content));
+  } finally {
+    await world.dispose();
+  }
 });
