@@ -129,10 +129,17 @@ export class BrokerClient {
           resolve(socket);
         });
         request.once('response', (response) => {
-          response.resume();
-          reject(
-            new GridError('denied', `the broker at ${this.url} answered ${response.statusCode} to ${route}`),
-          );
+          const refuse = async () => {
+            const parts: Buffer[] = [];
+            for await (const part of response) parts.push(part as Buffer);
+            if (parts.length > 0)
+              parseAnswer(response.statusCode ?? 500, Buffer.concat(parts).toString('utf8'), this.url);
+            throw new GridError(
+              'denied',
+              `the broker at ${this.url} answered ${response.statusCode} to ${route}`,
+            );
+          };
+          refuse().catch(reject);
         });
         request.on('error', reject);
         request.end();

@@ -6,12 +6,23 @@
  *   suspend     to this host's disk, then as a checkpoint into the store; what is on the disk stays until the broker
  *               no longer names the VM as this host's
  *   checkpoint  the same, and the VM goes on
+ *   command     in its guest; again where the order comes again, because this host's proxy was replaced meanwhile
+ *   connect     a stream of a user's to a port of its guest
+ *   attach, detach          a data volume (grid-volumes.ts) and a VM that runs
+ *   make-, save-, drop-volume
  *   commit      the disk as it is becomes a version of an image
  *   stop, warm, refresh
  */
 import { setTimeout as sleep } from 'node:timers/promises';
 import { asGridError, GridError } from '../core/errors.ts';
-import type { Order, OrderResult } from '../core/grid.ts';
+import type {
+  CarriedVolume,
+  GuestCommandResult,
+  Order,
+  OrderResult,
+  SavedVolume,
+  VolumeSave,
+} from '../core/grid.ts';
 import type { MachineSegment } from '../core/machine.ts';
 import type { LeasedVm, LeasedVms } from './broker-lease.ts';
 
@@ -32,7 +43,12 @@ export interface LinkMachines {
     vcpus: number;
     network: 'user' | 'none';
     segments?: readonly MachineSegment[];
+    sshKeys?: readonly string[];
+    userData?: string;
+    hostName?: string;
   }): Promise<LinkVm>;
+  /** A shell command in its guest. */
+  execute(id: string, command: string, timeoutMs: number): Promise<GuestCommandResult>;
   /** Goes on from a checkpoint in the store. */
   runFrom(checkpoint: string, name: string): Promise<LinkVm>;
   status(id: string): LinkVm;
@@ -41,8 +57,13 @@ export interface LinkMachines {
   stop(id: string, graceMs: number): Promise<void>;
   suspend(id: string): Promise<unknown>;
   resume(id: string): Promise<unknown>;
-  /** A checkpoint in the store, of one that is suspended. */
-  publish(id: string, reference: string): Promise<{ digest: string; newStoredBytes: number }>;
+  /** A checkpoint in the store, of one that is suspended. `over`: it does not go on here. */
+  publish(
+    id: string,
+    reference: string,
+    saves: readonly VolumeSave[],
+    over: boolean,
+  ): Promise<{ digest: string; newStoredBytes: number; saved?: readonly SavedVolume[] }>;
   commit(
     id: string,
     reference: string,
@@ -50,11 +71,28 @@ export interface LinkMachines {
   ): Promise<{ digest: string; newStoredBytes: number }>;
 }
 
+/** What the link needs of the agent's data volumes. Each is done again without harm. */
+export interface LinkVolumes {
+  attach(vm: string, volume: CarriedVolume): Promise<void>;
+  detach(vm: string, name: string): Promise<void>;
+  make(request: { reference: string; sizeBytes: number; from?: string }): Promise<Made>;
+  save(volume: string, reference: string, last: boolean): Promise<SavedVolume>;
+  drop(volume: string): Promise<void>;
+}
+
+interface Made {
+  readonly digest: string;
+  readonly newStoredBytes: number;
+}
+
 export interface OrderParts {
   readonly machines: LinkMachines;
+  readonly volumes: LinkVolumes;
   cache(): Promise<{ warmBytes: Record<string, number>; fetchedBytes: number }>;
   /** Fetches an image ahead. */
   warm(image: string): Promise<void>;
+  /** Joins a port of a VM's guest with a stream that the broker waits for; resolves when both are there. */
+  connect(vm: string, port: number, stream: string): Promise<void>;
   readonly log: (line: string) => void;
 }
 
@@ -99,20 +137,35 @@ export class OrderWork {
   }
 
   #execute(order: Order): Promise<Result> {
-    const { machines } = this.#parts;
+    const { machines, volumes } = this.#parts;
     switch (order.kind) {
       case 'run':
         return this.#run(order);
       case 'stop':
         return this.#inTurn(order.vm, () => this.#stop(order.vm, order.graceMs));
       case 'suspend':
-        return this.#inTurn(order.vm, () => this.#suspend(order.vm, order.checkpoint));
+        return this.#inTurn(order.vm, () => this.#suspend(order.vm, order.checkpoint, order.saves ?? []));
       case 'checkpoint':
-        return this.#inTurn(order.vm, () => this.#checkpoint(order.vm, order.checkpoint));
+        return this.#inTurn(order.vm, () => this.#checkpoint(order.vm, order.checkpoint, order.saves ?? []));
       case 'commit':
         return this.#inTurn(order.vm, () =>
           this.#made(machines.commit(order.vm, order.reference, order.labels ?? {})),
         );
+      case 'command':
+        // Not in its turn: it takes as long as it takes, and the VM can be stopped meanwhile.
+        return machines.execute(order.vm, order.command, order.timeoutMs).then((command) => ({ command }));
+      case 'connect':
+        return this.#parts.connect(order.vm, order.port, order.stream).then(() => ({}));
+      case 'attach':
+        return this.#inTurn(order.vm, () => volumes.attach(order.vm, order.volume)).then(() => ({}));
+      case 'detach':
+        return this.#inTurn(order.vm, () => volumes.detach(order.vm, order.name)).then(() => ({}));
+      case 'make-volume':
+        return this.#made(volumes.make(order));
+      case 'save-volume':
+        return volumes.save(order.volume, order.reference, order.last).then((one) => ({ saved: [one] }));
+      case 'drop-volume':
+        return volumes.drop(order.volume).then(() => ({}));
       case 'warm':
         return this.#parts.warm(order.image).then(() => ({}));
       case 'refresh':
@@ -137,9 +190,12 @@ export class OrderWork {
     }
   }
 
-  async #made(work: Promise<{ digest: string; newStoredBytes: number }>): Promise<Result> {
-    const { digest, newStoredBytes } = await work;
-    return { made: { manifest: digest, storedBytes: newStoredBytes } };
+  async #made(work: Promise<Made & { readonly saved?: readonly SavedVolume[] }>): Promise<Result> {
+    const { digest, newStoredBytes, saved } = await work;
+    return {
+      made: { manifest: digest, storedBytes: newStoredBytes },
+      ...(saved === undefined ? {} : { saved }),
+    };
   }
 
   async #stop(id: string, graceMs: number): Promise<Result> {
@@ -156,11 +212,11 @@ export class OrderWork {
     return {};
   }
 
-  async #suspend(id: string, checkpoint: string): Promise<Result> {
+  async #suspend(id: string, checkpoint: string, saves: readonly VolumeSave[]): Promise<Result> {
     const { machines } = this.#parts;
     if (machines.status(id).state !== 'suspended') await machines.suspend(id);
     try {
-      return await this.#made(machines.publish(id, checkpoint));
+      return await this.#made(machines.publish(id, checkpoint, saves, true));
     } catch (error) {
       // Without a checkpoint in the store nobody else could resume it: it runs on here.
       await this.#goOn(id).catch((failure: unknown) =>
@@ -171,11 +227,11 @@ export class OrderWork {
   }
 
   /** Not the agent's own `publish` of one that runs: that would let it go on whether there is a lease or not. */
-  async #checkpoint(id: string, checkpoint: string): Promise<Result> {
+  async #checkpoint(id: string, checkpoint: string, saves: readonly VolumeSave[]): Promise<Result> {
     const { machines } = this.#parts;
     if (machines.status(id).state !== 'suspended') await machines.suspend(id);
     try {
-      return await this.#made(machines.publish(id, checkpoint));
+      return await this.#made(machines.publish(id, checkpoint, saves, false));
     } finally {
       await this.#goOn(id);
     }
@@ -208,6 +264,8 @@ export class OrderWork {
         if (!this.#leased.leased) throw new GridError('closed', 'this host has no lease to start it under');
       }
       const started = await this.#start(order);
+      // While it boots: its guest has them by the time that it is ready.
+      for (const volume of order.volumes ?? []) await this.#parts.volumes.attach(order.vm, volume);
       this.#leased.enforce();
       return started;
     });
@@ -222,12 +280,18 @@ export class OrderWork {
   /** An order that comes again finds its VM. */
   async #start(order: Extract<Order, { kind: 'run' }>): Promise<LinkVm> {
     const { machines } = this.#parts;
-    const { vm: name, image, memoryBytes, vcpus, network, checkpoint, segments } = order;
+    const { vm: name, image, memoryBytes, vcpus, network, checkpoint } = order;
+    const { segments, sshKeys, userData, hostName } = order;
     const there = machines.list().find(({ id, state }) => id === name && state !== 'failed');
     if (there) return there;
     if (checkpoint === undefined) {
-      const onNetworks = segments === undefined ? {} : { segments };
-      return machines.run({ name, image, memoryBytes, vcpus, network, ...onNetworks });
+      return machines.run({
+        ...{ name, image, memoryBytes, vcpus, network },
+        ...(segments === undefined ? {} : { segments }),
+        ...(sshKeys === undefined ? {} : { sshKeys }),
+        ...(userData === undefined ? {} : { userData }),
+        ...(hostName === undefined ? {} : { hostName }),
+      });
     }
     for (const endMs = performance.now() + TAG_SEEN_MS; ;) {
       try {

@@ -13,6 +13,7 @@ import { isDigest, sha256 } from '../core/bytes.ts';
 import type { Digest } from '../core/bytes.ts';
 import { GridError } from '../core/errors.ts';
 import { MIB } from '../core/limits.ts';
+import type { CarriedVolume } from '../core/grid.ts';
 import type { MachineCompatibility, MachineDescription } from '../core/machine.ts';
 import type { VmRecord } from './vm-record.ts';
 
@@ -29,6 +30,8 @@ export interface CheckpointFacts {
   readonly base: Digest;
   /** What the guest's memory holds and nothing else does (vm-answer.ts); of a guest that answers. */
   readonly nonce?: string;
+  /** Of a checkpoint in a store: what was attached, as it was then. */
+  readonly volumes?: readonly CarriedVolume[];
   /** Of a suspended VM: what it is on this host. */
   readonly local?: {
     readonly vm: VmRecord;

@@ -15,7 +15,8 @@ import path from 'node:path';
 import { sha256 } from '../core/bytes.ts';
 import type { Digest } from '../core/bytes.ts';
 import { asGridError, GridError } from '../core/errors.ts';
-import type { MachineDescription, Vmm } from '../core/machine.ts';
+import type { CarriedVolume } from '../core/grid.ts';
+import type { MachineDescription, MachineDisk, Vmm } from '../core/machine.ts';
 import { isName } from '../core/manifest.ts';
 import { baseLabels } from './base-checkpoints.ts';
 import { encodeCheckpoint, parseCheckpoint } from './checkpoint-file.ts';
@@ -31,7 +32,7 @@ import type { Machines } from './machines.ts';
 import { contentSeal, quickSeal } from './seals.ts';
 import { checkedVmRecord, disksOf } from './vm-record.ts';
 import { askGuest, newNonce } from './vm-answer.ts';
-import type { Vm, VmMemory, VmRecord, VmStatus } from './vm-record.ts';
+import type { Vm, VmMemory, VmRecord, VmStatus, VmVolume } from './vm-record.ts';
 
 /** A guest that does not say a word in this time is suspended without one. */
 const ANSWER_MS = 5_000;
@@ -64,6 +65,12 @@ export interface Suspended {
   /** How long the guest had stood still when all of it was on disk. */
   readonly pausedMs: number;
 }
+
+/** Makes versions of the volumes of a VM that stands still; these are its own from then on. */
+export type KeepVolumes = (
+  volumes: readonly VmVolume[],
+  disks: readonly MachineDisk[],
+) => Promise<readonly CarriedVolume[]>;
 
 type Local = NonNullable<CheckpointFacts['local']>;
 type LocalCheckpoint = Checkpoint & { readonly facts: CheckpointFacts & { readonly local: Local } };
@@ -300,16 +307,17 @@ export class Checkpoints {
 
   /**
    * Makes `reference` in the store from a VM: a running one is suspended for it, and resumed. Throws what suspend,
-   * resume and the store throw; the VM is then as it was, or suspended.
+   * resume and the store throw; the VM is then as it was, or suspended. One with volumes needs somebody who keeps them.
    */
   async publish(
     id: string,
     reference: string,
     isBase = false,
+    keepVolumes?: KeepVolumes,
   ): Promise<PublishedCheckpoint & { readonly id: string }> {
     const ran = this.#machines.has(id);
     const volumes = ran ? this.#machines.find(id).record.volumes : this.#find(id).facts.local.vm.volumes;
-    if (volumes !== undefined && volumes.length > 0) {
+    if (volumes !== undefined && volumes.length > 0 && keepVolumes === undefined) {
       const names = volumes.map(({ name }) => name).join(', ');
       throw new GridError(
         'bad-request',
@@ -325,6 +333,8 @@ export class Checkpoints {
         const { local, ...shared } = facts;
         this.#letGo(checkpoint);
         try {
+          const kept = await keepVolumes?.(local.vm.volumes ?? [], facts.description.disks);
+          const all = kept === undefined || kept.length === 0 ? shared : { ...shared, volumes: kept };
           const published = await this.#clones.exclusive(local.vm.clone, 'published', (disk, diskRecord) =>
             this.#clones.exclusive(local.memoryClone, 'published', (memory, memoryRecord) =>
               this.#work.publish({
@@ -333,7 +343,7 @@ export class Checkpoints {
                 diskRecord,
                 memory,
                 memoryRecord,
-                state: encodeCheckpoint({ facts: shared, deviceState }),
+                state: encodeCheckpoint({ facts: all, deviceState }),
                 labels: isBase ? baseLabels(facts) : {},
               }),
             ),

@@ -4,21 +4,26 @@
  */
 import { open, rm } from 'node:fs/promises';
 import path from 'node:path';
+import { isDigest } from '../core/bytes.ts';
 import { GridError } from '../core/errors.ts';
+import type { CarriedVolume } from '../core/grid.ts';
 import type { Machine, MachineDescription, Vmm } from '../core/machine.ts';
 import { findBase } from './base-checkpoints.ts';
 import type { BaseRequest } from './base-checkpoints.ts';
 import { CHECKPOINT_FILE_BYTES_MAX, parseCheckpoint } from './checkpoint-file.ts';
 import type { Checkpoint } from './checkpoint-file.ts';
 import type { Clones } from './clones.ts';
-import { relocated, renamed } from './machine-description.ts';
+import { relocated, renamed, sameUnder } from './machine-description.ts';
 import type { MachineCatalog } from './machine-parts.ts';
 import type { Machines } from './machines.ts';
-import type { VmStatus } from './vm-record.ts';
+import type { VmStatus, VmVolume } from './vm-record.ts';
 
 /** Parts of a checkpoint's manifest, beside the memory that it is of. */
 export const PART_DISK = 'disk';
 export const PART_STATE = 'state';
+
+/** Gives the clone that a VM is to have for a volume. */
+export type TakeVolume = (volume: CarriedVolume) => Promise<string>;
 
 export class Forks {
   readonly #vmm: Vmm;
@@ -39,9 +44,10 @@ export class Forks {
   }
 
   /** A VM that goes on from a checkpoint in the store: as another machine than any other that does, or as the `same`
-   * one, for a VM that has ended elsewhere. Throws bad-request (no checkpoint), bad-format, corrupt, unsupported (made for
+   * one, for a VM that has ended elsewhere. `take` gives the clones of its volumes; without it each is one that goes
+   * with the VM. Throws bad-request (no checkpoint), bad-format, corrupt, unsupported (made for
    * another machine), vm-failed. */
-  async run(reference: string, name: string | undefined, same = false): Promise<VmStatus> {
+  async run(reference: string, name: string | undefined, same = false, take?: TakeVolume): Promise<VmStatus> {
     const requestedAtMs = performance.now();
     const { digest, manifest, folder: imageFolder } = await this.#catalog.resolve(reference);
     const { [PART_DISK]: diskDigest, [PART_STATE]: stateDigest } = manifest.parts;
@@ -63,6 +69,7 @@ export class Forks {
     const disk = (await this.#catalog.manifestOf(diskDigest)).manifest;
     const id = this.#machines.reserve(name);
     let clone: string | undefined;
+    const volumes: VmVolume[] = [];
     try {
       ({ id: clone } = await this.#clones.create({
         image: reference,
@@ -71,8 +78,9 @@ export class Forks {
         name: `${id}-disk`,
         vm: id,
       }));
-      const here = relocated(facts.description, this.#catalog.diskOf(clone));
-      const description = same ? here : renamed(here, id);
+      for (const volume of facts.volumes ?? []) volumes.push(await this.#attached(volume, id, take));
+      const here = this.#withVolumes(relocated(facts.description, this.#catalog.diskOf(clone)), volumes);
+      const description = same ? sameUnder(here, id) : renamed(here, id);
       const file = path.join(imageFolder, 'memory.raw');
       return await this.#machines.launch({
         id,
@@ -82,6 +90,7 @@ export class Forks {
         ...(description.readyText === undefined ? {} : { readyText: description.readyText }),
         memory: { file, image: digest },
         ...(same ? { same } : {}),
+        ...(volumes.length === 0 ? {} : { volumes }),
         ...(facts.nonce === undefined ? {} : { nonce: facts.nonce }),
         requestedAtMs,
         clonedMs: performance.now() - requestedAtMs,
@@ -101,8 +110,29 @@ export class Forks {
     } catch (error) {
       this.#machines.unreserve(id);
       if (clone !== undefined) await this.#clones.discard(clone);
+      for (const volume of volumes) {
+        if (volume.discards) await this.#clones.discard(volume.clone);
+        else this.#machines.unclaim(volume.clone);
+      }
       throw error;
     }
+  }
+
+  async #attached(volume: CarriedVolume, vm: string, take: TakeVolume | undefined): Promise<VmVolume> {
+    const { id: image, name, manifest: base, sizeBytes } = volume;
+    if (!isDigest(base)) throw new GridError('bad-format', `volume '${name}' of ${vm} has no digest`);
+    const clone = (await take?.(volume)) ?? (await this.#clones.create({ image, base, sizeBytes, vm })).id;
+    const discards = this.#clones.get(clone).kind === 'non-persistent';
+    if (!discards) this.#machines.claim(clone);
+    return { name, image, clone, discards };
+  }
+
+  #withVolumes(description: MachineDescription, volumes: readonly VmVolume[]): MachineDescription {
+    const disks = description.disks.map((disk) => {
+      const volume = volumes.find(({ name }) => name === disk.id);
+      return volume === undefined ? disk : { ...disk, path: this.#catalog.diskOf(volume.clone) };
+    });
+    return { ...description, disks };
   }
 }
 

@@ -63,6 +63,13 @@ export function renamed(description: MachineDescription, name: string): MachineD
   };
 }
 
+/** The very machine, under another name where it has one now: it may go on from an earlier moment than it knows, so its
+ * guest is told to make its random numbers anew (vmgenid). */
+export function sameUnder(description: MachineDescription, name: string): MachineDescription {
+  if (description.name === name) return description;
+  return { ...description, name, generationId: newIdentity().generationId };
+}
+
 /** `partsFolder` is where the mount shows the image's kernel and initrd, `disk` the clone's disk there. */
 export function describeMachine(
   request: RunRequest,

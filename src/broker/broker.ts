@@ -21,6 +21,9 @@ import { Lives } from './lives.ts';
 import { Requests } from './requests.ts';
 import { Warming } from './warming.ts';
 import type { Relay } from './segments.ts';
+import { Streams } from './streams.ts';
+import { VolumeCatalog } from './volume-catalog.ts';
+import { orderVolumes } from './volumes.ts';
 import { Workspaces } from './workspaces.ts';
 
 const ROUND_EVERY_MS = 1_000;
@@ -42,7 +45,9 @@ export class Broker {
   readonly lives: Lives;
   readonly warming: Warming;
   readonly workspaces: Workspaces;
+  readonly volumes: VolumeCatalog;
   readonly relay: Relay | undefined;
+  readonly streams: Streams;
   readonly placement: Placement;
   readonly loads: Loads;
   /** `host:<id>`: orders may wait. `job:<id>`: something changed. `changed`: for any. `closed`. */
@@ -67,7 +72,12 @@ export class Broker {
     this.requests = new Requests(db, changed);
     this.lives = new Lives(db, this.requests, changed);
     this.warming = new Warming(db, this.loads, this.requests, changed);
+    this.volumes = new VolumeCatalog(db, this.requests, changed);
     this.relay = options.relay;
+    this.streams = new Streams({
+      ...{ db, access: this.access, requests: this.requests, log: this.log },
+      wake: (host) => this.events.emit(`host:${host}`),
+    });
     this.workspaces = new Workspaces(db, this.requests, this.lives);
     this.placement = new Placement(db, this.loads, (host, job) => {
       this.events.emit(`host:${host}`);
@@ -106,6 +116,7 @@ export class Broker {
       await this.placement.round();
       await this.lives.orderCheckpoints();
       await this.warming.round();
+      await orderVolumes(this.db);
       // Orders that came otherwise (a stop): their hosts look for themselves when told.
       const open = await this.db.all<{ host: string }>(
         `SELECT DISTINCT host FROM orders WHERE state = 'open'`,

@@ -13,5 +13,7 @@ export { ROLES } from './access.ts';
 export { POLICIES } from './policies/hosts.ts';
 export type { ScheduleInfo } from './warming.ts';
 export type { WorkspaceInfo, WorkspaceRequest } from './workspaces.ts';
+export type { VolumeUse } from './volumes.ts';
+export type { VolumeInfo, VolumeRequest } from './volume-catalog.ts';
 export type { QuotaInfo } from './quotas.ts';
 export type { NetworkInfo } from './topology.ts';

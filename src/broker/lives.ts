@@ -5,7 +5,7 @@
  */
 import { randomBytes } from 'node:crypto';
 import { GridError } from '../core/errors.ts';
-import { CHECKPOINT_IMAGE } from '../core/grid.ts';
+import { CHECKPOINT_IMAGE, VOLUME_IMAGE } from '../core/grid.ts';
 import { parseReference } from '../core/manifest.ts';
 import type { Principal } from './access.ts';
 import type { Database, Queries } from './database.ts';
@@ -13,6 +13,7 @@ import { claimVersion } from './images.ts';
 import type { Requests } from './requests.ts';
 import { endJobs, endVm, giveOrder, placedAs, voidOrders } from './vm-table.ts';
 import type { VmRow } from './vm-table.ts';
+import { savesOf } from './volumes.ts';
 
 export type LifeVerb = 'suspend' | 'resume' | 'move' | 'checkpoint';
 
@@ -117,7 +118,7 @@ export class Lives {
     key?: string,
   ): Promise<string> {
     const { name, version } = parseReference(request.reference);
-    if (CHECKPOINT_IMAGE.test(name)) {
+    if (CHECKPOINT_IMAGE.test(name) || VOLUME_IMAGE.test(name)) {
       throw new GridError('bad-request', `'${name}' is a name of the broker's own; choose another`);
     }
     const job = await this.#db.transaction(async (tx) => {
@@ -184,7 +185,8 @@ async function orderCheckpoint(tx: Queries, vm: VmRow, job: string | null): Prom
   }
   const checkpoint = checkpointName(vm);
   const id = `${placed}.checkpoint.${checkpoint.split('.')[1]}`;
-  await giveOrder(tx, vm.host!, vm.id, { id, kind: 'checkpoint', vm: placed, checkpoint }, job);
+  const saves = await savesOf(tx, vm.id);
+  await giveOrder(tx, vm.host!, vm.id, { id, kind: 'checkpoint', vm: placed, checkpoint, ...saves }, job);
 }
 
 /** The VM's state is `suspending` already. */
@@ -192,5 +194,6 @@ export async function orderSuspend(tx: Queries, vm: VmRow, job: string | null): 
   const placed = placedAs(vm);
   const checkpoint = checkpointName(vm);
   const id = `${placed}.suspend.${checkpoint.split('.')[1]}`;
-  await giveOrder(tx, vm.host!, vm.id, { id, kind: 'suspend', vm: placed, checkpoint }, job);
+  const saves = await savesOf(tx, vm.id);
+  await giveOrder(tx, vm.host!, vm.id, { id, kind: 'suspend', vm: placed, checkpoint, ...saves }, job);
 }

@@ -129,4 +129,26 @@ export const MIGRATIONS: readonly (readonly string[])[] = [
     `CREATE INDEX workspaces_job ON workspaces (job)`,
     `CREATE TABLE quotas (user_name TEXT PRIMARY KEY, machines BIGINT, vcpus BIGINT, memory_bytes BIGINT)`,
   ],
+  [
+    // Data volumes. \`host\` has the clone that was written to last; \`unsaved\`: and nobody else has all of that.
+    `CREATE TABLE volumes (
+       id TEXT PRIMARY KEY, owner TEXT NOT NULL, name TEXT NOT NULL, size_bytes BIGINT NOT NULL,
+       version BIGINT NOT NULL, manifest TEXT, stored_bytes BIGINT NOT NULL, host TEXT, unsaved BIGINT NOT NULL,
+       writer TEXT, made_from TEXT, failed BIGINT NOT NULL, reason TEXT, created_ms BIGINT NOT NULL, removed_ms BIGINT)`,
+    `CREATE INDEX volumes_owner ON volumes (owner, name)`,
+    `CREATE TABLE volume_versions (
+       volume TEXT NOT NULL REFERENCES volumes (id), version BIGINT NOT NULL, reference TEXT NOT NULL,
+       manifest TEXT NOT NULL, size_bytes BIGINT NOT NULL, stored_bytes BIGINT NOT NULL, created_ms BIGINT NOT NULL,
+       PRIMARY KEY (volume, version))`,
+    `CREATE TABLE volume_shares (
+       volume TEXT NOT NULL REFERENCES volumes (id), user_name TEXT NOT NULL, PRIMARY KEY (volume, user_name))`,
+    // Of those that it reads, the version that it has.
+    `CREATE TABLE vm_volumes (
+       vm TEXT NOT NULL REFERENCES vms (id), volume TEXT NOT NULL REFERENCES volumes (id), name TEXT NOT NULL,
+       read_only BIGINT NOT NULL, manifest TEXT, size_bytes BIGINT, PRIMARY KEY (vm, volume))`,
+    `CREATE INDEX vm_volumes_volume ON vm_volumes (volume)`,
+    // What is run in a VM when it has booted, and what came of it (JSON).
+    `ALTER TABLE vms ADD COLUMN command TEXT`,
+    `ALTER TABLE vms ADD COLUMN command_result TEXT`,
+  ],
 ];

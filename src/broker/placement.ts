@@ -16,6 +16,8 @@ import type { VmRequest } from './requests.ts';
 import { giveOrder, placedAs } from './vm-table.ts';
 import { segmentsOf } from './segments.ts';
 import type { VmRow } from './vm-table.ts';
+import { placeVolumes, volumeBytesOn, volumesToPlace } from './volumes.ts';
+import type { PlacedVolumes } from './volumes.ts';
 
 /** A guest that did not answer by then is taken for failed. */
 const READY_TIMEOUT_MS = 300_000;
@@ -70,8 +72,13 @@ export class Placement {
     const [now] = await tx.all<VmRow>(`SELECT * FROM vms WHERE id = ? AND state = 'requested'`, vm.id);
     if (!now) return undefined;
     const need = hostNeed(request);
+    const volumes = await volumesToPlace(tx, vm.id);
+    if (typeof volumes === 'string') {
+      if (now.reason !== volumes) await tx.run('UPDATE vms SET reason = ? WHERE id = ?', volumes, vm.id);
+      return undefined;
+    }
     for (const start of await this.#starts(tx, now, request)) {
-      const [best] = rankHosts(await this.#hosts(tx, start, request, now), need);
+      const [best] = rankHosts(await this.#hosts(tx, start, request, now, volumes), need);
       if (!best) continue;
       const taken = await tx.run(
         `UPDATE futures SET memory_bytes = memory_bytes - ?, vcpus = vcpus - ?, machines = machines - 1
@@ -83,6 +90,7 @@ export class Placement {
       const generation = now.generation + 1;
       const segments = await segmentsOf(tx, vm);
       const placed = placedAs({ id: vm.id, generation });
+      const carried = await placeVolumes(tx, volumes, best.host);
       await tx.run(
         `UPDATE vms SET state = 'placed', reason = ?, host = ?, image = ?, version = ?, generation = ?, placed_ms = ? WHERE id = ?`,
         ...[best.why, best.host, start.image, start.version, generation, nowMs, vm.id],
@@ -96,6 +104,9 @@ export class Placement {
         vcpus: need.vcpus,
         network: 'user',
         ...(segments.length === 0 ? {} : { segments }),
+        // A checkpoint has them as they were then.
+        ...(carried.length === 0 || start.checkpoint !== undefined ? {} : { volumes: carried }),
+        ...(start.checkpoint === undefined ? seedOf(request, vm.name) : {}),
         restart: vm.restart === 1,
         readyTimeoutMs: READY_TIMEOUT_MS,
         ...(start.checkpoint === undefined ? {} : { checkpoint: start.checkpoint }),
@@ -149,6 +160,7 @@ export class Placement {
     start: Start,
     request: VmRequest,
     vm: VmRow | undefined,
+    volumes: PlacedVolumes,
   ): Promise<HostCandidate[]> {
     const conditions: string[] = [];
     const values: Value[] = [];
@@ -186,6 +198,7 @@ export class Placement {
         vcpus: row.vcpus,
         machines: row.machines,
         warmBytes: warmBytes[start.manifest] ?? 0,
+        volumeBytes: volumeBytesOn(volumes, row.id, warmBytes),
         load,
         failedBefore: row.failures > 0,
       };
@@ -202,7 +215,7 @@ export class Placement {
     let rejectedHosts: { host: string; why: string }[] = [];
     let choice: { image: string; host: string } | undefined;
     for (const version of versions) {
-      const all = await this.#hosts(this.#db, version, request, undefined);
+      const all = await this.#hosts(this.#db, version, request, undefined, []);
       hosts = rankHosts(all, hostNeed(request));
       rejectedHosts = all.flatMap((host) => {
         const why = hostMisfit(host, hostNeed(request));
@@ -224,6 +237,16 @@ export class Placement {
       ...(choice === undefined ? {} : { choice }),
     };
   }
+}
+
+/** What a guest is told by its seed, where the request has something for one. */
+function seedOf({ sshKeys, userData }: VmRequest, name: string) {
+  if (sshKeys === undefined && userData === undefined) return {};
+  return {
+    ...(sshKeys === undefined ? {} : { sshKeys }),
+    ...(userData === undefined ? {} : { userData }),
+    hostName: name.replaceAll('_', '-'),
+  };
 }
 
 function hostNeed(request: VmRequest): HostNeed {

@@ -14,6 +14,8 @@ import type { VersionNeed } from './policies/versions.ts';
 import type { Policy } from './policies/hosts.ts';
 import { inRange } from './policies/labels.ts';
 import { placedAs } from './vm-table.ts';
+import { claimVolumes } from './volumes.ts';
+import type { VolumeUse } from './volumes.ts';
 import type { VmRow } from './vm-table.ts';
 
 export interface VmRequest {
@@ -36,6 +38,12 @@ export interface VmRequest {
   readonly restart?: boolean;
   /** A checkpoint this often: what `restart` goes on from. */
   readonly checkpointEveryMs?: number;
+  readonly volumes?: readonly VolumeUse[];
+  /** Public keys that let one in as the guest's first user, and cloud-init's user-data: by the guest's seed. */
+  readonly sshKeys?: readonly string[];
+  readonly userData?: string;
+  /** A shell command that is run in each guest when it has booted. */
+  readonly command?: string;
 }
 
 interface NamedVm {
@@ -69,12 +77,22 @@ export interface VmInfo {
   readonly timeline?: Readonly<Record<string, number>>;
   readonly fetchedBytes?: number;
   readonly console?: string;
+  readonly command?: CommandInfo;
   /** Its last checkpoint, and when that was made. */
   readonly checkpoint?: string;
   readonly checkpointed?: string;
   readonly created: string;
   /** When its last placement was made. */
   readonly placed?: string;
+}
+
+/** A command that is run in a guest; neither exit code nor error: it is not over. */
+export interface CommandInfo {
+  readonly command: string;
+  readonly exitCode?: number;
+  /** The end of what it said. */
+  readonly output?: string;
+  readonly error?: string;
 }
 
 export interface JobInfo {
@@ -136,11 +154,23 @@ function vmInfo(row: VmRow): VmInfo {
     ...(row.timeline === null ? {} : { timeline: JSON.parse(row.timeline) as Record<string, number> }),
     ...(row.fetched_bytes === null ? {} : { fetchedBytes: row.fetched_bytes }),
     ...(row.console === null ? {} : { console: row.console }),
+    ...(row.command === null ? {} : { command: commandInfo(row.command, row.command_result) }),
     ...(row.checkpoint === null ? {} : { checkpoint: row.checkpoint }),
     ...(row.checkpoint_ms === null ? {} : { checkpointed: new Date(row.checkpoint_ms).toISOString() }),
     created: new Date(row.created_ms).toISOString(),
     ...(row.placed_ms === null ? {} : { placed: new Date(row.placed_ms).toISOString() }),
   };
+}
+
+function commandInfo(command: string, result: string | null): CommandInfo {
+  return { command, ...(JSON.parse(result ?? '{}') as Partial<CommandInfo>) };
+}
+
+/** For lists: what a command said is told of single machines and workspaces. */
+export function withoutOutput<T extends Pick<VmInfo, 'command'>>(vm: T): T {
+  if (vm.command === undefined) return vm;
+  const { output: _, ...command } = vm.command;
+  return { ...vm, command };
 }
 
 /** SQL that holds for rows that `principal` may see. */
@@ -201,8 +231,8 @@ export class Requests {
           vms.push({ id: vm, name });
           await tx.run(
             `INSERT INTO vms (id, owner, job, name, network, generation, state, memory_bytes, vcpus, restart,
-             checkpoint_every_ms, wanted, created_ms)
-           VALUES (?, ?, ?, ?, ?, 0, 'requested', ?, ?, ?, ?, 'running', ?)`,
+             checkpoint_every_ms, wanted, created_ms, command)
+           VALUES (?, ?, ?, ?, ?, 0, 'requested', ?, ?, ?, ?, 'running', ?, ?)`,
             ...[
               vm,
               principal.user,
@@ -212,8 +242,10 @@ export class Requests {
               request.memoryBytes ?? MEMORY_BYTES_DEFAULT,
             ],
             ...[request.vcpus ?? 1, request.restart ? 1 : 0, request.checkpointEveryMs ?? null, nowMs],
+            request.command ?? null,
           );
         }
+        await claimVolumes(tx, principal, request.volumes ?? [], vms, request.restart);
         await within?.(tx, job, vms);
       }),
     );
@@ -313,7 +345,7 @@ export class Requests {
       ...values,
       ...(options.all ? [] : [options.endedAfterMs ?? Number.MAX_SAFE_INTEGER]),
     );
-    return rows.map(vmInfo);
+    return rows.map((row) => withoutOutput(vmInfo(row)));
   }
 
   /** By id, or by name where one of that name is there. Throws not-found, bad-request. */

@@ -6,9 +6,12 @@ import type { Order, OrderResult } from '../core/grid.ts';
 import type { Queries } from './database.ts';
 import { endJob, endJobs, endVm, giveOrder, placedAs, settleOrders } from './vm-table.ts';
 import type { VmRow } from './vm-table.ts';
+import { isVolumeOrder, tookAttachment, tookSaves, tookVolumeResult } from './volumes.ts';
 
 type VmOrder = Extract<Order, { vm: string }>;
 
+/** A command in a guest that takes longer is left alone: it may run on, and nobody hears of it. */
+const COMMAND_MS_MAX = 24 * 3_600_000;
 /** Hosts that may fail to start a VM before it is given up. */
 const FAILURES_MAX = 5;
 
@@ -34,6 +37,8 @@ export async function takeResult(
   );
   if (order.job !== null) jobs.add(order.job);
   if (order.vm === null) {
+    const about = JSON.parse(order.body) as Order;
+    if (isVolumeOrder(about)) return tookVolumeResult(tx, host, about, result, order.job);
     if (order.job !== null) await settleOrders(tx, order.job);
     return;
   }
@@ -43,17 +48,31 @@ export async function takeResult(
   jobs.add(vm.job);
   switch (body.kind) {
     case 'run':
-      return started(tx, vm, result, jobs);
+      await started(tx, vm, result, jobs);
+      if (!result.error && body.checkpoint === undefined) await orderCommand(tx, vm);
+      return;
     case 'stop':
       if (!result.error) return endVm(tx, vm, 'stopped');
       // Told again: it stays `stopping` until it is gone.
       return giveOrder(tx, host, vm.id, { ...body, id: `${body.vm}.stop.${Date.now()}` });
     case 'suspend':
-      return suspended(tx, vm, body.checkpoint, result, jobs);
+      return suspended(tx, vm, body, result, jobs);
     case 'checkpoint':
       if (result.made) await tookCheckpoint(tx, vm, body.checkpoint, result.made);
+      await tookSaves(tx, body.saves, result.saved, false);
+      break;
+    case 'command':
+      await tx.run(
+        'UPDATE vms SET command_result = ? WHERE id = ?',
+        ...[JSON.stringify(result.error ? { error: result.error.message } : result.command), vm.id],
+      );
+      break;
+    case 'attach':
+    case 'detach':
+      await tookAttachment(tx, vm, body, result);
       break;
     case 'commit':
+    case 'connect':
       break;
   }
   if (order.job === null) return;
@@ -92,6 +111,20 @@ async function started(tx: Queries, vm: VmRow, result: OrderResult, jobs: Set<st
   for (const job of await endJobs(tx, vm.id, ['resume', 'move'], end)) jobs.add(job);
 }
 
+/** What is to be run in a guest that has booted; again, where it boots again. */
+async function orderCommand(tx: Queries, vm: VmRow): Promise<void> {
+  if (vm.command === null) return;
+  await tx.run('UPDATE vms SET command_result = NULL WHERE id = ?', vm.id);
+  const placed = placedAs(vm);
+  await giveOrder(tx, vm.host!, vm.id, {
+    id: `${placed}.command`,
+    kind: 'command',
+    vm: placed,
+    command: vm.command,
+    timeoutMs: COMMAND_MS_MAX,
+  });
+}
+
 async function tookCheckpoint(
   tx: Queries,
   vm: VmRow,
@@ -113,10 +146,11 @@ async function tookCheckpoint(
 async function suspended(
   tx: Queries,
   vm: VmRow,
-  reference: string,
-  { error, made }: OrderResult,
+  { checkpoint, saves }: Extract<Order, { kind: 'suspend' }>,
+  result: OrderResult,
   jobs: Set<string>,
 ): Promise<void> {
+  const { error, made } = result;
   if (error || !made) {
     const reason = error ?? { code: 'bug' as const, message: 'the host named no checkpoint' };
     await tx.run(
@@ -128,7 +162,8 @@ async function suspended(
     for (const job of ended) jobs.add(job);
     return;
   }
-  await tookCheckpoint(tx, vm, reference, made);
+  await tookCheckpoint(tx, vm, checkpoint, made);
+  await tookSaves(tx, saves, result.saved, true);
   if (vm.wanted === 'running') return endVm(tx, vm, 'requested', 'on its way to another host');
   for (const job of await endJobs(tx, vm.id, ['suspend'], { result: { ...made } })) jobs.add(job);
   return endVm(tx, vm, 'suspended');

@@ -1,10 +1,13 @@
 /** JSON schemas of the API's bodies and answers: the routes check with them, and the OpenAPI document is made of them. */
-import { IMAGE_BYTES_MAX, LABEL_LENGTH_MAX, LABELS_MAX, MIB, NAME_LENGTH_MAX } from '../core/limits.ts';
+import { IMAGE_BYTES_MAX, KIB, LABEL_LENGTH_MAX, LABELS_MAX, MIB, NAME_LENGTH_MAX } from '../core/limits.ts';
 import { ROLES } from './access.ts';
 import { POLICIES } from './policies/hosts.ts';
 import { CHECKPOINT_EVERY_MS_MIN, COUNT_MAX, MEMORY_BYTES_MAX } from './requests.ts';
 import { VM_STATES } from './vm-table.ts';
 import { SCHEDULE_EVERY_MS_MIN, WARM_HOSTS_MAX } from './warming.ts';
+
+/** Data volumes of one VM: each takes a slot of its bus. */
+const VOLUMES_MAX = 8;
 
 const text = { type: 'string' };
 const integer = { type: 'integer' };
@@ -41,6 +44,12 @@ const reference = {
   maxLength: 2 * NAME_LENGTH_MAX,
   pattern: '^[a-z0-9][a-z0-9._-]*(:[a-z0-9][a-z0-9._-]*)?$',
 };
+/** Of a data volume: its name, its id, or its owner's name in front of its own. */
+export const volumeName = {
+  type: 'string',
+  maxLength: 2 * NAME_LENGTH_MAX,
+  pattern: '^([a-z0-9][a-z0-9._-]*/)?[a-z0-9][a-z0-9._-]*$',
+};
 const range = { type: 'string', minLength: 1, maxLength: NAME_LENGTH_MAX };
 const memoryBytes = { type: 'integer', minimum: MIB, maximum: MEMORY_BYTES_MAX };
 const milliseconds = { type: 'integer', minimum: 0, maximum: 3_600_000 };
@@ -69,6 +78,10 @@ export const vmRequest = object({
   policy: { type: 'string', enum: POLICIES },
   restart: boolean,
   checkpointEveryMs: { type: 'integer', minimum: CHECKPOINT_EVERY_MS_MIN, maximum: 7 * 24 * 3_600_000 },
+  sshKeys: list({ type: 'string', pattern: '^[^\\r\\n]+$', maxLength: 16 * KIB }, 64),
+  userData: { type: 'string', maxLength: 64 * KIB },
+  command: { type: 'string', minLength: 1, maxLength: 8 * KIB },
+  volumes: list(object({ volume: volumeName, readOnly: boolean }, ['volume']), VOLUMES_MAX),
 });
 
 export const vm = answer({
@@ -87,6 +100,7 @@ export const vm = answer({
   timeline: { type: 'object', additionalProperties: number },
   fetchedBytes: integer,
   console: text,
+  command: answer({ command: text, exitCode: integer, output: text, error: text }),
   checkpoint: text,
   checkpointed: text,
   created: text,
@@ -200,6 +214,22 @@ const orderResult = object(
       'manifest',
       'storedBytes',
     ]),
+    command: object({ exitCode: { type: 'integer' }, output: { type: 'string', maxLength: 64 * KIB } }, [
+      'exitCode',
+      'output',
+    ]),
+    saved: list(
+      object(
+        {
+          id: name,
+          reference: { type: 'string', maxLength: 2 * NAME_LENGTH_MAX },
+          manifest: digest,
+          storedBytes: { type: 'integer', minimum: 0 },
+        },
+        ['id', 'storedBytes'],
+      ),
+      64,
+    ),
   },
   ['order'],
 );

@@ -14,6 +14,7 @@ import { asGridError, GridError } from '../core/errors.ts';
 import type { MachineSegment } from '../core/machine.ts';
 import type { Access, Principal } from './access.ts';
 import type { Database, Queries } from './database.ts';
+import { isStreamRequest } from './streams.ts';
 
 /** Each network is a /24 of 10.64.0.0/10; the first address is its DHCP server's. */
 const NETWORKS_MAX = 64 * 256;
@@ -120,6 +121,7 @@ interface TrunkParts {
 export function serveTrunks(server: http.Server, parts: TrunkParts): { close(): void } {
   const sockets = new Set<Duplex>();
   server.on('upgrade', (request: http.IncomingMessage, socket: Duplex, head: Buffer) => {
+    if (isStreamRequest(request)) return; // streams.ts
     socket.on('error', () => {});
     sockets.add(socket);
     socket.once('close', () => sockets.delete(socket));

@@ -20,6 +20,7 @@ import type { Broker } from './broker.ts';
 import { pageRoutes } from './page-routes.ts';
 import { serveTrunks } from './segments.ts';
 import { userRoutes } from './user-routes.ts';
+import { volumeRoutes } from './volume-routes.ts';
 import { workspaceRoutes } from './workspace-routes.ts';
 
 declare module 'fastify' {
@@ -122,11 +123,16 @@ export async function createApi(broker: Broker, options: ServeOptions = {}): Pro
     async (users) => {
       userRoutes(users, broker);
       workspaceRoutes(users, broker);
+      volumeRoutes(users, broker);
     },
     { bodyLimit: USER_BODY_BYTES_MAX } as object,
   );
   const trunks = serveTrunks(app.server, broker);
-  app.addHook('preClose', async () => trunks.close());
+  const streams = broker.streams.serve(app.server);
+  app.addHook('preClose', async () => {
+    trunks.close();
+    streams.close();
+  });
   await app.register(async (agents) => agentRoutes(agents, broker));
   await app.register(async (page) => pageRoutes(page, broker));
   app.get('/v1/openapi.json', { config: { open: true }, schema: { hide: true } }, async () => app.swagger());

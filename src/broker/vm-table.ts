@@ -41,6 +41,9 @@ export interface VmRow {
   readonly avoid: string | null;
   readonly failures: number;
   readonly ran_ms: number | null;
+  readonly command: string | null;
+  /** JSON of what became of it. */
+  readonly command_result: string | null;
 }
 
 export const VM_STATES = [
@@ -176,6 +179,12 @@ export async function endVm(
   );
   await tx.run(`DELETE FROM virtualization WHERE virtual_kind = 'vm' AND virtual_id = ?`, vm.id);
   await voidOrders(tx, vm.id);
+  if (state !== 'requested') {
+    await tx.run(
+      'UPDATE vms SET command_result = ? WHERE id = ? AND command IS NOT NULL AND command_result IS NULL',
+      ...[JSON.stringify({ error: `the VM was ${state} before it was over` }), vm.id],
+    );
+  }
   if (state === 'requested' || state === 'suspended') {
     await tx.run(
       `UPDATE vms SET state = ?, host = NULL, reason = ?, console = NULL, timeline = NULL WHERE id = ?`,
@@ -188,6 +197,8 @@ export async function endVm(
     );
     const error = { code: 'vm-failed' as const, message: reason ?? `the VM is ${state}` };
     await endJobs(tx, vm.id, 'all', { error });
+    // It writes to none any more: what it wrote is saved by a round of the broker's.
+    await tx.run('UPDATE volumes SET writer = NULL WHERE writer = ?', vm.id);
   }
   if (vm.host !== null) await recountFutures(tx, vm.host);
 }

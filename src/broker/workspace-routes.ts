@@ -31,6 +31,7 @@ const workspace = {
     state: { type: 'string' },
     job: { type: 'string' },
     network: { type: 'string' },
+    volumes: schemas.list({ type: 'object', additionalProperties: true }),
     created: { type: 'string' },
     ends: { type: 'string' },
     fetchedBytes: { type: 'integer' },

@@ -11,6 +11,7 @@ import { randomBytes } from 'node:crypto';
 import { GridError } from '../core/errors.ts';
 import type { Principal } from './access.ts';
 import type { Database, Queries } from './database.ts';
+import { withoutOutput } from './requests.ts';
 import type { Requests, VmInfo, VmRequest } from './requests.ts';
 import { addressesOf, joinSegment } from './segments.ts';
 
@@ -30,6 +31,8 @@ export interface WorkspaceInfo {
   readonly state: 'coming' | 'running' | 'suspended' | 'mixed' | 'failed' | 'ended';
   readonly job: string;
   readonly network?: string;
+  /** Data volumes of its machines. */
+  readonly volumes?: readonly { readonly name: string; readonly vm: string; readonly readOnly: boolean }[];
   readonly created: string;
   readonly ends?: string;
   readonly fetchedBytes: number;
@@ -131,11 +134,17 @@ export class Workspaces {
        ORDER BY created_ms DESC, id LIMIT ${LISTED_MAX}`,
       ...values,
     );
-    return Promise.all(rows.map((row) => this.#info(principal, row)));
+    const all = await Promise.all(rows.map((row) => this.#info(principal, row)));
+    return all.map((one) => ({ ...one, machines: one.machines.map(withoutOutput) }));
   }
 
   async #info(principal: Principal, row: WorkspaceRow): Promise<WorkspaceInfo> {
     const { vms } = await this.#requests.job(principal, row.job);
+    const volumes = await this.#db.all<{ name: string; vm: string; read_only: number }>(
+      `SELECT u.name, m.name AS vm, u.read_only FROM vm_volumes u JOIN vms m ON m.id = u.vm
+       WHERE m.job = ? ORDER BY u.name, m.name`,
+      row.job,
+    );
     const addresses = row.network === null ? undefined : await addressesOf(this.#db, row.job);
     return {
       id: row.id,
@@ -144,6 +153,9 @@ export class Workspaces {
       state: stateOf(vms),
       job: row.job,
       ...(row.network === null ? {} : { network: row.network }),
+      ...(volumes.length === 0
+        ? {}
+        : { volumes: volumes.map(({ name, vm, read_only }) => ({ name, vm, readOnly: read_only === 1 })) }),
       created: new Date(row.created_ms).toISOString(),
       ...(row.ends_ms === null ? {} : { ends: new Date(row.ends_ms).toISOString() }),
       fetchedBytes: vms.reduce((sum, vm) => sum + (vm.fetchedBytes ?? 0), 0),
@@ -166,7 +178,9 @@ export class Workspaces {
     let done = 0;
     let refusal: unknown;
     for (const vm of vms) {
-      if (GONE.has(vm.state) || vm.state === 'stopping') continue;
+      // A lost one may come back with its host, unless it is ended.
+      if ((GONE.has(vm.state) && !(verb === 'end' && vm.state === 'lost')) || vm.state === 'stopping')
+        continue;
       try {
         if (verb === 'end') await this.#lives.stop(principal, vm.id, GRACE_MS);
         else await this.#lives.act(principal, vm.id, verb, options);

@@ -5,14 +5,17 @@ import path from 'node:path';
 import { randomBytes } from 'node:crypto';
 import { BrokerClient, readToken } from '../agent/broker-client.ts';
 import { BrokerLink } from '../agent/broker-link.ts';
+import type { Clones } from '../agent/clones.ts';
+import { LABEL_SHELL, runInGuest } from '../agent/guest-command.ts';
+import { joinStreams, openGuestStream } from '../agent/guest-stream.ts';
+import type { GridVolumes } from '../agent/grid-volumes.ts';
 import type { LinkMachines } from '../agent/broker-orders.ts';
 import type { Checkpoints } from '../agent/checkpoints.ts';
-import type { Forks } from '../agent/forks.ts';
 import type { Machines } from '../agent/machines.ts';
 import type { Digest } from '../core/bytes.ts';
 import { asGridError, GridError } from '../core/errors.ts';
 import type { OfferedVersion } from '../core/grid.ts';
-import { CHECKPOINT_IMAGE } from '../core/grid.ts';
+import { CHECKPOINT_IMAGE, VOLUME_IMAGE } from '../core/grid.ts';
 import { MIB } from '../core/limits.ts';
 import { isName } from '../core/manifest.ts';
 import type { Manifest, Tag } from '../core/manifest.ts';
@@ -34,7 +37,8 @@ export interface BrokerOptions {
 export interface LinkedProxy {
   readonly machines: Machines;
   readonly checkpoints: Checkpoints;
-  readonly forks: Forks;
+  readonly gridVolumes: GridVolumes;
+  readonly clones: Clones;
   /** The disk of a VM, as it is now, as a new version in the source. */
   readonly commit: (
     clone: string,
@@ -113,6 +117,7 @@ export async function linkToBroker(
       source: proxy.source,
     },
     machines: machinesOf(proxy),
+    volumes: proxy.gridVolumes,
     async cache() {
       const status = await cache.status();
       const present = new Map(status.images.map((image) => [image.manifest, image.presentBytes]));
@@ -138,24 +143,47 @@ export async function linkToBroker(
       const { digest, manifest } = await proxy.resolve(image);
       for (const part of new Set([...Object.values(manifest.parts), digest])) await cache.warm(part, {});
     },
+    async connect(vm, port, stream) {
+      const near = await openGuestStream(proxy.machines.find(vm).machine, port);
+      try {
+        const route = `/v1/agent/streams/${stream}?host=${encodeURIComponent(host)}`;
+        joinStreams(near, await client.upgrade(route, 'gridvfs-stream'));
+      } catch (error) {
+        near.destroy();
+        throw error;
+      }
+    },
     file: path.join(proxy.stateFolder, 'broker-vms.json'),
     log,
   });
 }
 
 /** The agent's machines as the link sees them: those that run and those that are suspended are one list. */
-function machinesOf({ machines, checkpoints, forks, commit }: LinkedProxy): LinkMachines {
+function machinesOf({
+  machines,
+  checkpoints,
+  clones,
+  cache,
+  gridVolumes,
+  commit,
+}: LinkedProxy): LinkMachines {
   const status = (id: string) => (checkpoints.has(id) ? checkpoints.status(id) : machines.status(id));
   return {
     list: () => [...machines.list(), ...checkpoints.list()],
     run: (request) => machines.run(request),
-    runFrom: (checkpoint, name) => forks.run(checkpoint, name),
+    runFrom: (checkpoint, name) => gridVolumes.runFrom(checkpoint, name),
     status,
+    async execute(id, command, timeoutMs) {
+      const { machine, record } = machines.find(id);
+      const { base } = clones.get(record.clone);
+      const { labels } = await cache.readManifest(base);
+      return runInGuest(machine, labels[LABEL_SHELL], command, timeoutMs);
+    },
     ready: (id, timeoutMs) => machines.ready(id, timeoutMs),
     stop: (id, graceMs) => (checkpoints.has(id) ? checkpoints.discard(id) : machines.stop(id, graceMs)),
     suspend: (id) => checkpoints.suspend(id),
     resume: (id) => checkpoints.resume(id),
-    publish: (id, reference) => checkpoints.publish(id, reference),
+    publish: (id, reference, saves, over) => gridVolumes.publish(id, reference, saves, over),
     commit: (id, reference, labels) => commit(status(id).clone, { reference, labels }),
   };
 }
@@ -176,7 +204,7 @@ async function offered(
   for (const { name, version, manifest: digest } of await cache.listTags()) {
     const manifest = await cache.readManifest(digest);
     manifests.set(digest, manifest);
-    if (CHECKPOINT_IMAGE.test(name)) continue;
+    if (CHECKPOINT_IMAGE.test(name) || VOLUME_IMAGE.test(name)) continue;
     versions.push({
       name,
       version,

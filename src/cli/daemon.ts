@@ -235,7 +235,7 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
       imageFolderOf,
       log,
     });
-    const { machines, checkpoints, forks, segments, volumes, spending } = vmWork;
+    const { machines, checkpoints, forks, segments, volumes, gridVolumes, spending } = vmWork;
     stack.defer(() => spending.stop());
     stack.defer(() => segments.close());
     await vmWork.prepare(takeover);
@@ -351,7 +351,8 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
         {
           machines,
           checkpoints,
-          forks,
+          gridVolumes,
+          clones,
           commit: (clone, request) =>
             clones.atMoment(clone, (snapshot, of) => work.commitMoment(snapshot, of, request)),
           segments,

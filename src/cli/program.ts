@@ -49,6 +49,10 @@ const GROUPS: Record<string, Group> = {
     summary: 'several hosts behind one front end: ask for machines, not for hosts',
     load: async () => (await import('./broker.ts')).brokerVerbs(),
   },
+  volume: {
+    summary: 'data volumes of your own behind a broker: they stay when machines go',
+    load: async () => (await import('./volume.ts')).volumeVerbs(),
+  },
   workspace: {
     summary: 'machines together: on one virtual network, suspended, moved and ended by one command',
     load: async () => (await import('./workspace.ts')).workspaceVerbs(),

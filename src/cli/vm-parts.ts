@@ -6,6 +6,8 @@ import { Checkpoints } from '../agent/checkpoints.ts';
 import type { CheckpointWork } from '../agent/checkpoints.ts';
 import type { CloneRecord } from '../agent/clone-record.ts';
 import type { Clones } from '../agent/clones.ts';
+import { GridVolumes } from '../agent/grid-volumes.ts';
+import type { VolumeWork } from '../agent/grid-volumes.ts';
 import { Forks, PART_DISK, PART_STATE } from '../agent/forks.ts';
 import { Machines } from '../agent/machines.ts';
 import type { MachineCatalog } from '../agent/machine-parts.ts';
@@ -17,10 +19,12 @@ import { CHUNK_BYTES_DEFAULT, MEMORY_CHUNK_BYTES } from '../core/limits.ts';
 import { parseReference } from '../core/manifest.ts';
 import type { Tag } from '../core/manifest.ts';
 import type { ChunkSource } from '../core/source.ts';
-import { changedUnits } from '../image/index.ts';
+import { changedUnits, changedUnitsOf } from '../image/index.ts';
+import type { Snapshot } from '../image/index.ts';
 import { uploadImage, uploadVersion } from '../store/index.ts';
 import { Cgroups, createQemu } from '../vmm/index.ts';
 import type { Disk } from './clone-parts.ts';
+import { nearParents } from './clone-push.ts';
 import type { ProxyPaths } from './paths.ts';
 import { HostSegments } from './segments.ts';
 
@@ -44,6 +48,7 @@ export interface MachineWork {
   readonly checkpoints: Checkpoints;
   readonly forks: Forks;
   readonly volumes: Volumes;
+  readonly gridVolumes: GridVolumes;
   readonly spending: Spending;
   readonly segments: HostSegments;
   /** Before the mount. `takeover`: it is there already. */
@@ -97,13 +102,19 @@ export async function machineWork(parts: MachineParts): Promise<MachineWork> {
     },
   });
   spending.start();
+  const volumes = new Volumes({ machines, clones, catalog });
+  const forks = new Forks({ vmm, machines, clones, catalog });
   return {
     machines,
     spending,
     checkpoints,
-    volumes: new Volumes({ machines, clones, catalog }),
+    volumes,
+    gridVolumes: new GridVolumes({
+      ...{ machines, checkpoints, forks, volumes, clones, catalog },
+      work: volumeWork(cache, source),
+    }),
     segments,
-    forks: new Forks({ vmm, machines, clones, catalog }),
+    forks,
     async prepare(takeover) {
       kept = await checkpoints.load();
       if (!takeover) await machines.cleanUp(kept);
@@ -175,6 +186,35 @@ function checkpointWork(source: ChunkSource): CheckpointWork {
         newStoredBytes: all.reduce((sum, { newStoredBytes }) => sum + newStoredBytes, 0),
       };
     },
+  };
+}
+
+function volumeWork(cache: Cache, source: ChunkSource): VolumeWork {
+  return {
+    async save(snapshot, record, { reference, before }) {
+      const disk = snapshot as Snapshot;
+      const standalone = isStandalone(record);
+      const { digest, manifest, tag, newStoredBytes } = await uploadImage(nearParents(source, cache), {
+        parent: record.base,
+        reference,
+        sizeBytes: disk.sizeBytes,
+        standalone,
+        changed: (chunkBytes) => changedUnitsOf(disk.states, chunkBytes, standalone),
+        read: (target, offsetBytes) => disk.readOnce(target, offsetBytes),
+        ...(before === undefined ? {} : { before }),
+      });
+      return { made: tag !== undefined, digest, table: manifest.table, newStoredBytes };
+    },
+    make: ({ reference, sizeBytes, from }) =>
+      uploadVersion(nearParents(source, cache), {
+        reference,
+        kind: 'data',
+        sizeBytes,
+        chunkBytes: CHUNK_BYTES_DEFAULT,
+        ...(from === undefined ? {} : { parent: from.digest }),
+        changed: () => [],
+        read: () => Promise.resolve(),
+      }),
   };
 }
 

@@ -1,16 +1,16 @@
 /** gridvfs vm run|ls|show|console|stop: thin calls of the proxy's control socket. Suspension and checkpoints:
  * vm-checkpoint.ts. */
 import { closeSync, fstatSync, openSync, readSync } from 'node:fs';
-import { readFile } from 'node:fs/promises';
 import { stripVTControlCharacters } from 'node:util';
 import type { Command } from 'commander';
 import type { BaseRequest } from '../agent/base-checkpoints.ts';
 import type { ControlClient } from '../agent/client.ts';
 import type { RunRequest, VmStatus } from '../agent/vm-record.ts';
-import { asGridError, GridError } from '../core/errors.ts';
+import { GridError } from '../core/errors.ts';
 import { collect, jsonOption, parseBytes, parseCount, parseDuration, show, table, verb } from './kit.ts';
 import { findProxy, withProxyOption } from './registry.ts';
 import { allOf, checkpointVerbs, namesFor, runFrom, runFromBase, seconds, vmText } from './vm-checkpoint.ts';
+import { keysIn, textOf } from './seed.ts';
 import { attachConsole } from './vm-console.ts';
 import { moveVerbs } from './vm-move.ts';
 import { limitsOf, volumeVerbs } from './vm-volumes.ts';
@@ -144,22 +144,6 @@ function baseRequestOf(request: RunRequest): BaseRequest {
     ...(memoryBytes === undefined ? {} : { memoryBytes }),
     ...(vcpus === undefined ? {} : { vcpus }),
   };
-}
-
-async function textOf(file: string): Promise<string> {
-  try {
-    return await readFile(file, 'utf8');
-  } catch (error) {
-    throw asGridError(error, `cannot read ${file}`);
-  }
-}
-
-/** The keys of a file like authorized_keys. */
-function keysIn(text: string): string[] {
-  return text
-    .split('\n')
-    .map((line) => line.trim())
-    .filter((line) => line !== '' && !line.startsWith('#'));
 }
 
 /** Starts one, and waits for its guest where that is wanted and can be told. */

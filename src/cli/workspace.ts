@@ -5,7 +5,7 @@ import { Option } from 'commander';
 import type { Command } from 'commander';
 import type { BrokerClient } from '../agent/broker-client.ts';
 import { POLICIES } from '../broker/index.ts';
-import type { QuotaInfo, WorkspaceInfo, WorkspaceRequest } from '../broker/index.ts';
+import type { QuotaInfo, VolumeUse, WorkspaceInfo, WorkspaceRequest } from '../broker/index.ts';
 import { GridError } from '../core/errors.ts';
 import { ranges } from './broker.ts';
 import { withBroker, withClient } from './broker-kit.ts';
@@ -22,6 +22,8 @@ import {
   table,
   verb,
 } from './kit.ts';
+import { keysIn, textOf } from './seed.ts';
+import { sshVerbs } from './workspace-ssh.ts';
 
 const at = (which: string) => `/v1/workspaces/${encodeURIComponent(which)}`;
 
@@ -60,7 +62,22 @@ function details(one: WorkspaceInfo): string {
     'FETCHED',
     'WHY',
   ];
-  return `${about}\n${table(head, rows)}`;
+  return [about, ...volumeLines(one), table(head, rows), ...one.machines.flatMap(commandText)].join('\n');
+}
+
+/** A line for each volume, with the machines that have it. */
+function volumeLines({ volumes = [] }: WorkspaceInfo): string[] {
+  return [...new Set(volumes.map(({ name }) => name))].map((name) => {
+    const uses = volumes.filter((use) => use.name === name);
+    return `volume ${name}: ${uses.map(({ vm, readOnly }) => (readOnly ? `${vm} (ro)` : vm)).join(', ')}`;
+  });
+}
+
+function commandText({ name, command }: WorkspaceInfo['machines'][number]): string[] {
+  if (command === undefined) return [];
+  const { exitCode, output = '', error } = command;
+  const went = error ?? (exitCode === undefined ? 'is not over' : `ended with exit code ${exitCode}`);
+  return [`\n${name}: ${command.command}: ${went}`, ...(output === '' ? [] : [output.trimEnd()])];
 }
 
 interface Waiting extends Connection {
@@ -103,6 +120,11 @@ async function settled(
 
 const isMoving = (state: string) => ['requested', 'placed', 'suspending', 'stopping'].includes(state);
 const anyMoves = (one: WorkspaceInfo) => one.machines.some(({ state }) => isMoving(state));
+const isAtCommand = ({ state, command }: WorkspaceInfo['machines'][number]) =>
+  state === 'running' &&
+  command !== undefined &&
+  command.exitCode === undefined &&
+  command.error === undefined;
 
 function withWaiting(command: Command): Command {
   return withBroker(command)
@@ -123,12 +145,25 @@ interface RequestOptions extends Waiting {
   policy?: WorkspaceRequest['policy'];
   restart?: boolean;
   lifetime?: number;
+  volume?: string[];
+  sshKey?: string[];
+  userData?: string;
+  command?: string;
+}
+
+/** NAME, NAME:ro, OWNER/NAME:ro. */
+function volumeUse(text: string): VolumeUse {
+  const [volume, mode, ...rest] = text.split(':');
+  if (!volume || rest.length > 0 || (mode !== undefined && mode !== 'ro'))
+    throw new GridError('bad-request', `--volume ${text}: write NAME, or NAME:ro to read it only`);
+  return { volume, ...(mode === 'ro' ? { readOnly: true } : {}) };
 }
 
 function requestVerb(): Command {
   return withWaiting(
-    verb('request', 'Ask for machines together, and wait until their guests answer.', [
+    verb('request', 'Ask for machines together, and wait until their guests answer and a command is over.', [
       'gridvfs workspace request debian:12 --name lab --count 4 --memory 1G --network lab --lifetime 8h',
+      'gridvfs workspace request debian:12 --name work --volume home --volume ada/tables:ro',
     ]),
   )
     .argument('[image]', 'name or name:version; any that fits when left out')
@@ -136,6 +171,10 @@ function requestVerb(): Command {
     .option('--count <number>', 'how many machines', parseCount)
     .option('--network <name>', 'a virtual network of yours that they are on, made when it is not there')
     .option('--lifetime <duration>', 'ended after this', parseDuration)
+    .option('--volume <name[:ro]>', 'a data volume; :ro as it was saved last (may be given again)', collect)
+    .option('--ssh-key <file>', 'public key that lets one in, by the seed (may be given again)', collect)
+    .option('--user-data <file>', 'cloud-init’s user-data, by the seed')
+    .option('--command <text>', 'a shell command that is run in each guest when it has booted')
     .option('--os <range>', 'label os')
     .option('--kernel <range>', 'label kernel, e.g. ">=6.1 <7"')
     .option('--library <range>', 'label library.NAME, e.g. "libc>=2.36" (may be given again)', collect)
@@ -147,6 +186,7 @@ function requestVerb(): Command {
     .action(async (image: string | undefined, options: RequestOptions) => {
       const { count, name, network, lifetime, os, kernel, library, label, memory, vcpus, policy, restart } =
         options;
+      const { volume, sshKey, userData, command } = options;
       const request: WorkspaceRequest = {
         ...(image === undefined ? {} : { image }),
         ...(count === undefined ? {} : { count }),
@@ -161,12 +201,17 @@ function requestVerb(): Command {
         ...(vcpus === undefined ? {} : { vcpus }),
         ...(policy === undefined ? {} : { policy }),
         ...(restart === undefined ? {} : { restart }),
+        ...(volume === undefined ? {} : { volumes: volume.map(volumeUse) }),
+        ...(sshKey === undefined ? {} : { sshKeys: (await Promise.all(sshKey.map(textOf))).flatMap(keysIn) }),
+        ...(userData === undefined ? {} : { userData: await textOf(userData) }),
+        ...(command === undefined ? {} : { command }),
       };
       await withClient(options, async (client) => {
         const made = await client.call<WorkspaceInfo>('POST', '/v1/workspaces', request, {
           headers: { 'idempotency-key': randomUUID() },
         });
-        const one = await settled(client, made, options, anyMoves);
+        const moves = (now: WorkspaceInfo) => anyMoves(now) || now.machines.some(isAtCommand);
+        const one = await settled(client, made, options, moves);
         show(options, one, () => details(one));
         const failed = one.machines.find(({ state }) => state === 'failed');
         if (failed) {
@@ -310,6 +355,7 @@ export function workspaceVerbs(): Command {
     showVerb(),
     ...(Object.keys(ACTIONS) as (keyof typeof ACTIONS)[]).map(actionVerb),
     extendVerb(),
+    ...sshVerbs(),
     quotaVerb(),
   ]) {
     group.addCommand(command);

@@ -55,6 +55,40 @@ export interface ReportedVm {
   readonly consoleSocket?: string;
 }
 
+/** A data volume as the host of a VM is told of it. */
+export interface CarriedVolume {
+  /** Name of the clone that is written to, on whatever host. */
+  readonly id: string;
+  /** What the guest finds it by: the disk's serial number. */
+  readonly name: string;
+  /** The version that it goes on from, or that is shown. */
+  readonly manifest: string;
+  /** As much as the version has at least. */
+  readonly sizeBytes: number;
+  readonly readOnly: boolean;
+}
+
+/** Where a volume's next version goes. */
+export interface VolumeSave {
+  readonly id: string;
+  readonly reference: string;
+}
+
+/** What came of it; `reference` is left out where nothing was new, and `manifest` where the host has nothing of it. */
+export interface SavedVolume {
+  readonly id: string;
+  readonly reference?: string;
+  readonly manifest?: string;
+  readonly storedBytes: number;
+}
+
+/** What became of a command in a guest. */
+export interface GuestCommandResult {
+  readonly exitCode: number;
+  /** The end of what it said on standard output and error. */
+  readonly output: string;
+}
+
 export interface OrderResult {
   readonly order: string;
   readonly error?: { readonly code: ErrorCode; readonly message: string };
@@ -64,6 +98,8 @@ export interface OrderResult {
   readonly fetchedBytes?: number;
   /** The version that came into the source, and what of it the source did not have, compressed. */
   readonly made?: { readonly manifest: string; readonly storedBytes: number };
+  readonly saved?: readonly SavedVolume[];
+  readonly command?: GuestCommandResult;
 }
 
 export interface HostReport {
@@ -102,6 +138,12 @@ export type Order =
       readonly network: 'user' | 'none';
       /** Virtual networks that it is on. */
       readonly segments?: readonly MachineSegment[];
+      /** Attached while its guest boots. A checkpoint names its own. */
+      readonly volumes?: readonly CarriedVolume[];
+      /** Its seed; a checkpoint has its own. */
+      readonly sshKeys?: readonly string[];
+      readonly userData?: string;
+      readonly hostName?: string;
       /** Started elsewhere when this host falls silent: paused here before its lease ends. */
       readonly restart: boolean;
       readonly readyTimeoutMs: number;
@@ -109,9 +151,59 @@ export type Order =
       readonly checkpoint?: string;
     }
   /** Ends when the checkpoint is in the store. */
-  | { readonly id: string; readonly kind: 'suspend'; readonly vm: string; readonly checkpoint: string }
+  | {
+      readonly id: string;
+      readonly kind: 'suspend';
+      readonly vm: string;
+      readonly checkpoint: string;
+      /** Of volumes that it writes to. */
+      readonly saves?: readonly VolumeSave[];
+    }
   /** The same of a VM that goes on. */
-  | { readonly id: string; readonly kind: 'checkpoint'; readonly vm: string; readonly checkpoint: string }
+  | {
+      readonly id: string;
+      readonly kind: 'checkpoint';
+      readonly vm: string;
+      readonly checkpoint: string;
+      readonly saves?: readonly VolumeSave[];
+    }
+  /** A shell command in its guest. */
+  | {
+      readonly id: string;
+      readonly kind: 'command';
+      readonly vm: string;
+      readonly command: string;
+      readonly timeoutMs: number;
+    }
+  /** A stream to a TCP port of its guest, for the one who waits for `stream` at the broker. */
+  | {
+      readonly id: string;
+      readonly kind: 'connect';
+      readonly vm: string;
+      readonly stream: string;
+      readonly port: number;
+    }
+  | { readonly id: string; readonly kind: 'attach'; readonly vm: string; readonly volume: CarriedVolume }
+  | { readonly id: string; readonly kind: 'detach'; readonly vm: string; readonly name: string }
+  /** The first version of a volume: a copy of an image's content, or zeros. */
+  | {
+      readonly id: string;
+      readonly kind: 'make-volume';
+      readonly volume: string;
+      readonly reference: string;
+      readonly sizeBytes: number;
+      readonly from?: string;
+    }
+  /** `last`: nobody writes to it any more. */
+  | {
+      readonly id: string;
+      readonly kind: 'save-volume';
+      readonly volume: string;
+      readonly reference: string;
+      readonly last: boolean;
+    }
+  /** What this host has of it is of no use any more. */
+  | { readonly id: string; readonly kind: 'drop-volume'; readonly volume: string }
   /** Its disk, as it is at a moment, becomes a version in the source. */
   | {
       readonly id: string;
@@ -127,6 +219,8 @@ export type Order =
 
 /** Names of VMs on hosts that are a broker's. */
 export const PLACED_VM = /^g[0-9a-f]{12}\.\d{1,9}$/;
+/** Names of data volumes, and of the images that are their versions. */
+export const VOLUME_IMAGE = /^d[0-9a-f]{12}$/;
 /** Names of images that are checkpoints of a broker's VMs, or their disks and states: nobody else's to start. */
 export const CHECKPOINT_IMAGE = /^g[0-9a-f]{12}(\.disk|\.state)?$/;
 

@@ -116,6 +116,12 @@ export interface MachineStatus {
   readonly readyMs?: number;
 }
 
+export interface MachineForward {
+  readonly port: number;
+  /** Nobody comes by it any more; who came stays. */
+  close(): Promise<void>;
+}
+
 export interface Machine {
   /** As it is now: with what was attached, under the limits that were set last. */
   readonly description: MachineDescription;
@@ -142,6 +148,10 @@ export interface Machine {
   detach(id: string, timeoutMs: number): Promise<void>;
   /** From now on; replaces the ones before. Throws bad-request, unsupported. */
   setLimits(limits: IoLimits): Promise<void>;
+  /** A port of this host's loopback that leads to a TCP port of the guest, where its network is 'user'. Throws vm-failed. */
+  forward?(guestPort: number): Promise<MachineForward>;
+  /** A call of the guest agent's in the guest, where the description says that there is one. Throws timeout, vm-failed. */
+  askAgent?(call: string, args: object, timeoutMs: number): Promise<unknown>;
   /** Path of the unix socket that is the guest's first serial console. */
   readonly consoleSocket: string;
   /** Path of the unix socket that is the guest's second serial port, by which it is told who it is. */

@@ -71,6 +71,10 @@ suite('the API of a broker', () => {
         ],
         ...['/v1/quota', '/v1/quotas/{id}', '/v1/usage.csv', '/v1/workspaces', '/v1/workspaces/{id}'],
         ...['end', 'extend', 'move', 'resume', 'suspend'].map((verb) => `/v1/workspaces/{id}/${verb}`),
+        ...['/v1/volumes', '/v1/volumes/{id}'],
+        ...['attach', 'detach', 'grow', 'revert', 'share', 'snapshot', 'unshare'].map(
+          (verb) => `/v1/volumes/{id}/${verb}`,
+        ),
         ...['/v1/images/{id}/warm', '/v1/schedules', '/v1/schedules/{id}'],
         ...['/v1/networks', '/v1/links', '/v1/links/{a}/{b}'],
         ...['/v1/vms', '/v1/vms/explain', '/v1/vms/{id}'],

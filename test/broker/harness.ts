@@ -32,8 +32,9 @@ import { LEASE_TIMES } from '../../src/broker/loads.ts';
 import type { LeaseTimes } from '../../src/broker/loads.ts';
 import { sha256 } from '../../src/core/bytes.ts';
 import { GridError } from '../../src/core/errors.ts';
-import type { HostFacts, OfferedVersion } from '../../src/core/grid.ts';
+import type { HostFacts, OfferedVersion, SavedVolume, VolumeSave } from '../../src/core/grid.ts';
 import { GIB } from '../../src/core/limits.ts';
+import { TableVolumes } from './table-volumes.ts';
 
 export const DIALECTS = ['sqlite', 'postgres'] as const;
 
@@ -185,6 +186,7 @@ export class TableMachines implements LinkMachines {
   /** Until when a checkpoint is on its way into the store. */
   publishing: Promise<unknown> | undefined;
   readonly requests: Parameters<LinkMachines['run']>[0][] = [];
+  readonly volumes = new TableVolumes();
   /** Starts fail with this while it is set. */
   failure: GridError | undefined;
   #pids = 1_000_000;
@@ -217,7 +219,17 @@ export class TableMachines implements LinkMachines {
     if (content === undefined) throw new GridError('not-found', `no image ${checkpoint}`);
     const vm = await this.run({ image: '', name, memoryBytes: 0, vcpus: 1, network: 'user' });
     this.contents.set(name, content);
+    for (const volume of this.volumes.store.checkpoints.get(checkpoint) ?? [])
+      await this.volumes.attach(name, volume);
     return vm;
+  }
+
+  async execute(id: string, command: string) {
+    this.status(id);
+    await sleep(1);
+    if (command === 'hangs') await new Promise(() => {});
+    if (command === 'cannot') throw new GridError('unsupported', 'nothing there takes commands');
+    return { exitCode: command === 'fails' ? 3 : 0, output: `did ${command}\n` };
   }
 
   async suspend(id: string): Promise<void> {
@@ -231,13 +243,20 @@ export class TableMachines implements LinkMachines {
     this.onStart?.(id);
   }
 
-  async publish(id: string, reference: string) {
+  async publish(id: string, reference: string, saves: readonly VolumeSave[] = []) {
     this.status(id);
     await sleep(1);
     await this.publishing;
     if (this.publishFailure) throw this.publishFailure;
+    const saved: SavedVolume[] = [];
+    for (const one of saves) saved.push(await this.volumes.save(one.id, one.reference));
+    const kept = (this.volumes.attached.get(id) ?? []).map((volume) => {
+      const one = saved.find((each) => each.id === volume.id);
+      return one?.manifest === undefined ? volume : { ...volume, manifest: one.manifest };
+    });
+    this.volumes.store.checkpoints.set(reference, kept);
     this.store.set(reference, this.contents.get(id) ?? '');
-    return { digest: sha256(Buffer.from(reference)), newStoredBytes: 1000 };
+    return { digest: sha256(Buffer.from(reference)), newStoredBytes: 1000, saved };
   }
 
   async commit(id: string, reference: string) {
@@ -263,6 +282,7 @@ export class TableMachines implements LinkMachines {
     await sleep(1);
     this.vms.delete(id);
     this.paused.delete(id);
+    this.volumes.attached.delete(id);
   }
 
   /** VMs that run at this moment. */
@@ -357,6 +377,7 @@ export class TestHost {
   cable: Cable | undefined;
   readonly #file: string;
   #link: BrokerLink | undefined;
+  #client: BrokerClient | undefined;
 
   constructor(name: string, folder: string, versions: OfferedVersion[], facts: Partial<HostFacts> = {}) {
     this.versions = versions;
@@ -381,18 +402,31 @@ export class TestHost {
   }
 
   connect(client: BrokerClient): this {
+    this.#client = client;
     this.#link = new BrokerLink({
       client,
       facts: this.facts,
       machines: this.machines,
+      volumes: this.machines.volumes,
       cache: async () => ({ warmBytes: { ...this.warmBytes }, fetchedBytes: 0 }),
       versions: async () => this.versions,
       warm: async (image) => void this.warmed.push(image),
+      connect: (vm, port, stream) => this.connectStream(vm, port, stream),
       file: this.#file,
       log: (line) => this.log.push(line),
       signal: (pid, signal) => this.machines.signal(pid, signal),
     });
     return this;
+  }
+
+  /** Its guests say who and what they are, and then what one says to them. */
+  async connectStream(vm: string, port: number, stream: string): Promise<void> {
+    this.machines.status(vm);
+    if (port === 23) throw new GridError('unsupported', 'no such network');
+    const route = `/v1/agent/streams/${stream}?host=${this.facts.host}`;
+    const far = await this.#client!.upgrade(route, 'gridvfs-stream');
+    far.write(`${vm} ${port}\n`);
+    far.pipe(far);
   }
 
   /** What it offers has changed: its next report says so at once. */

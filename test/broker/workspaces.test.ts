@@ -131,6 +131,74 @@ for (const dialect of DIALECTS) {
       await dora.call('POST', '/v1/workspaces/long/end', {});
     });
 
+    test('a command is run in each guest, and what became of it is kept; a seed goes to each host', async () => {
+      const fay = await running.as('fay');
+      const commandOf = async (name: string, command: string, more: object = {}) => {
+        await fay.call('POST', '/v1/workspaces', { image: 'small', name, command, ...more });
+        return eventually(async () => {
+          const { machines } = await fay.call<WorkspaceInfo>('GET', `/v1/workspaces/${name}`);
+          const all = machines.map((vm) => vm.command!);
+          return all.every(({ exitCode, error }) => exitCode !== undefined || error !== undefined) && all;
+        });
+      };
+      const seed = { sshKeys: ['ssh-ed25519 AAAA fay'], userData: '#cloud-config\n' };
+      assert.deepEqual(await commandOf('works', 'echo', { count: 2, ...seed }), [
+        { command: 'echo', exitCode: 0, output: 'did echo\n' },
+        { command: 'echo', exitCode: 0, output: 'did echo\n' },
+      ]);
+      const sent = hosts
+        .flatMap(({ machines }) => machines.requests)
+        .filter((one) => one.sshKeys !== undefined);
+      assert.deepEqual(
+        sent
+          .toSorted((a, b) => (a.hostName! < b.hostName! ? -1 : 1))
+          .map(({ sshKeys, userData, hostName }) => ({ sshKeys, userData, hostName })),
+        ['works-1', 'works-2'].map((hostName) => ({ ...seed, hostName })),
+      );
+      assert.deepEqual(await commandOf('breaks', 'fails'), [
+        { command: 'fails', exitCode: 3, output: 'did fails\n' },
+      ]);
+      assert.deepEqual(await commandOf('mute', 'cannot'), [
+        { command: 'cannot', error: 'nothing there takes commands' },
+      ]);
+      await fay.call('POST', '/v1/workspaces', { image: 'small', name: 'endless', command: 'hangs' });
+      const { id } = await when(fay, 'endless', 'running');
+      // Lists are of what is there, not of what it said.
+      const listed = (await fay.call<WorkspaceInfo[]>('GET', '/v1/workspaces')).find(
+        ({ name }) => name === 'breaks',
+      );
+      assert.deepEqual(listed!.machines[0]!.command, { command: 'fails', exitCode: 3 });
+      for (const name of ['works', 'breaks', 'mute', 'endless'])
+        await fay.call('POST', `/v1/workspaces/${name}/end`, {});
+      const ended = await when(fay, id, 'ended');
+      assert.match(ended.machines[0]!.command!.error!, /stopped before it was over/);
+    });
+
+    test('a user’s stream reaches the own guest by way of its host, and nobody else’s', async () => {
+      const [gil, other] = [await running.as('gil'), await running.as('other')];
+      await gil.call('POST', '/v1/workspaces', { image: 'small', name: 'shell' });
+      const { machines } = await when(gil, 'shell', 'running');
+      const open = (client: typeof gil, which: string, port = 22) =>
+        client.upgrade(`/v1/vms/${which}/connect?port=${port}`, 'gridvfs-stream');
+      const stream = await open(gil, 'shell');
+      stream.write('hello\n');
+      let heard = '';
+      for await (const part of stream) {
+        heard += String(part);
+        if (heard.endsWith('hello\n')) break;
+      }
+      assert.equal(heard, `${machines[0]!.placedAs} 22\nhello\n`);
+      await assert.rejects(open(other, 'shell'), { code: 'not-found' });
+      await assert.rejects(open(other, machines[0]!.id), { code: 'not-found' });
+      await assert.rejects(open(gil, 'shell', 23), { code: 'vm-failed', message: /no such network/ });
+      await assert.rejects(open(gil, 'shell', 70_000), { code: 'bad-request' });
+      const agent = await running.as('hosts', 'agent');
+      await assert.rejects(open(agent, 'shell'), { code: 'denied' });
+      const guess = `/v1/agent/streams/${'0'.repeat(32)}?host=${machines[0]!.host}`;
+      await assert.rejects(agent.upgrade(guess, 'gridvfs-stream'), { code: 'denied' });
+      await gil.call('POST', '/v1/workspaces/shell/end', {});
+    });
+
     test('a trunk is for hosts that carry a machine of the network, under their own token', async () => {
       const eve = await running.as('eve');
       await eve.call('POST', '/v1/workspaces', { image: 'small', name: 'w', network: 'eves' });

@@ -29,14 +29,19 @@ export class Grid {
   #brokerPort = 0;
   #guest: BuiltGuest | undefined;
 
-  constructor(hosts: readonly string[]) {
+  readonly #labels: readonly string[];
+
+  /** `labels` are of the image, beside those that it always has. */
+  constructor(hosts: readonly string[], labels: readonly string[] = []) {
     this.hosts = hosts;
+    this.#labels = labels;
   }
 
   /** Everything, to where every host offers the image. */
   async start(): Promise<void> {
     const { world } = this;
-    this.#guest = await world.storeWithGuest('--label', 'os=small', '--label', 'kernel=6.1.0');
+    const labels = ['os=small', 'kernel=6.1.0', ...this.#labels];
+    this.#guest = await world.storeWithGuest(...labels.flatMap((label) => ['--label', label]));
     const network = await startNetwork(
       'packets',
       [{ name: LINK, rttMs: 0, bitsPerSecond: Infinity }],

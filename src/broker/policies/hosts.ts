@@ -1,4 +1,4 @@
-/** Which host a VM goes to: one where it fits and that has most of its image warm, then as the policy says. */
+/** Which host a VM goes to: one where it fits and that has most of its image and its volumes, then as the policy says. */
 
 export interface HostCandidate {
   readonly host: string;
@@ -8,6 +8,8 @@ export interface HostCandidate {
   readonly machines: number;
   /** Bytes of the image version in its cache. */
   readonly warmBytes: number;
+  /** Bytes of its data volumes there. */
+  readonly volumeBytes: number;
   readonly load: number;
   /** This VM failed there before. */
   readonly failedBefore: boolean;
@@ -41,7 +43,7 @@ export function hostMisfit(host: HostCandidate, need: HostNeed): string | undefi
 const WARM_STEP_BYTES = 1024 * 1024;
 
 export function rankHosts(hosts: readonly HostCandidate[], need: HostNeed): RankedHost[] {
-  const warm = (host: HostCandidate) => Math.floor(host.warmBytes / WARM_STEP_BYTES);
+  const warm = (host: HostCandidate) => Math.floor((host.warmBytes + host.volumeBytes) / WARM_STEP_BYTES);
   const order: Record<Policy, (a: HostCandidate, b: HostCandidate) => number> = {
     warm: (a, b) => warm(b) - warm(a) || b.memoryBytes - a.memoryBytes,
     spread: (a, b) => b.memoryBytes - a.memoryBytes || warm(b) - warm(a),
@@ -49,9 +51,15 @@ export function rankHosts(hosts: readonly HostCandidate[], need: HostNeed): Rank
   };
   return hosts
     .filter((host) => hostMisfit(host, need) === undefined)
-    .toSorted((a, b) => order[need.policy](a, b) || a.load - b.load || (a.host < b.host ? -1 : 1))
+    .toSorted(
+      (a, b) =>
+        order[need.policy](a, b) ||
+        b.volumeBytes - a.volumeBytes ||
+        a.load - b.load ||
+        (a.host < b.host ? -1 : 1),
+    )
     .map((host) => ({
       ...host,
-      why: `policy ${need.policy}: ${host.warmBytes} bytes of the image warm, ${host.memoryBytes} bytes of memory promised, load ${host.load.toFixed(2)}`,
+      why: `policy ${need.policy}: ${host.warmBytes} bytes of the image warm, ${host.volumeBytes > 0 ? `${host.volumeBytes} of its volumes, ` : ''}${host.memoryBytes} bytes of memory promised, load ${host.load.toFixed(2)}`,
     }));
 }

@@ -12,7 +12,12 @@ import { connectSocket } from '../socket.ts';
 const ANSWER_BYTES_MAX = 64 * 1024;
 
 /** Resolves with what the command returns. Throws timeout when nobody answers, vm-failed with the agent's words. */
-export async function askGuestAgent(folder: string, command: string, timeoutMs: number): Promise<unknown> {
+export async function askGuestAgent(
+  folder: string,
+  command: string,
+  timeoutMs: number,
+  args?: object,
+): Promise<unknown> {
   const socket = await connectSocket(path.join(folder, AGENT_SOCKET));
   const { promise, resolve, reject } = Promise.withResolvers<unknown>();
   const late = () =>
@@ -39,7 +44,9 @@ export async function askGuestAgent(folder: string, command: string, timeoutMs: 
       if (!synced) {
         if (answer.return !== id) continue;
         synced = true;
-        socket.write(`${JSON.stringify({ execute: command })}\n`);
+        socket.write(
+          `${JSON.stringify({ execute: command, ...(args === undefined ? {} : { arguments: args }) })}\n`,
+        );
       } else if (answer.error !== undefined) {
         reject(
           new GridError(

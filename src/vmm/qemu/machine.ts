@@ -49,6 +49,7 @@ import {
   writeMachineRecord,
 } from './folder.ts';
 import { DiskFull } from './disk-full.ts';
+import { forwardPort } from './forward.ts';
 import { askGuestAgent } from './guest-agent.ts';
 import { adoptProcess, type RunningProcess } from '../process.ts';
 import { qemuWords, startProcess } from './process.ts';
@@ -313,6 +314,14 @@ export class QemuMachine implements Machine {
 
   async #quiesce(): Promise<void> {
     if (this.#description.guestAgent === true) await this.#tellAgent('guest-fsfreeze-freeze');
+  }
+
+  forward(guestPort: number) {
+    return forwardPort(this, guestPort);
+  }
+
+  askAgent(call: string, args: object, timeoutMs: number): Promise<unknown> {
+    return askGuestAgent(this.#options.folder, call, timeoutMs, args);
   }
 
   /** Where the agent does not answer, the guest is like one that has none. */
