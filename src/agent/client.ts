@@ -4,13 +4,13 @@ import type { IncomingMessage } from 'node:http';
 import { createInterface } from 'node:readline';
 import type { ErrorCode } from '../core/errors.ts';
 import { asGridError, ERROR_CODES, errnoOf, GridError } from '../core/errors.ts';
-import { LINES_TYPE } from './long-call.ts';
+import { CALL_HEADER, LINES_TYPE } from './long-call.ts';
 
 type Method = 'GET' | 'POST' | 'DELETE';
 
 export interface LongCallOptions {
   readonly onProgress?: (done: number, total: number) => void;
-  /** Cancels the call; what it made is taken back by the proxy. */
+  /** Cancels the call, which then rejects when the proxy has taken back what it made and let go of what it held. */
   readonly signal?: AbortSignal;
 }
 
@@ -43,9 +43,16 @@ export class ControlClient {
     body: unknown,
     { onProgress, signal }: LongCallOptions,
   ): Promise<T> {
+    let cancel: (() => void) | undefined;
     try {
       const response = await this.#send(method, route, body, { accept: LINES_TYPE }, signal);
-      const lines = createInterface({ input: response, ...(signal ? { signal } : {}) });
+      const id = response.headers[CALL_HEADER];
+      cancel = () => {
+        this.call('DELETE', `/v1/calls/${String(id)}`).catch(() => response.destroy());
+      };
+      if (signal?.aborted) cancel();
+      else signal?.addEventListener('abort', cancel, { once: true });
+      const lines = createInterface({ input: response });
       for await (const text of lines) {
         const line = JSON.parse(text) as { progress?: [number, number]; result?: T; error?: unknown };
         if (line.progress) onProgress?.(...line.progress);
@@ -56,6 +63,8 @@ export class ControlClient {
     } catch (error) {
       if (signal?.aborted) throw new GridError('closed', 'cancelled', { cause: error });
       throw this.#brokenOff(error);
+    } finally {
+      if (cancel) signal?.removeEventListener('abort', cancel);
     }
     if (signal?.aborted) throw new GridError('closed', 'cancelled');
     throw this.#brokenOff(new Error('it hung up'));
@@ -79,9 +88,14 @@ export class ControlClient {
         path: route,
         agent: false,
         headers: { ...headers, ...(body === undefined ? {} : { 'content-type': 'application/json' }) },
-        ...(signal ? { signal } : {}),
       });
-      request.once('response', resolve);
+      const giveUp = () => request.destroy();
+      if (signal?.aborted) giveUp();
+      signal?.addEventListener('abort', giveUp, { once: true });
+      request.once('response', (response) => {
+        signal?.removeEventListener('abort', giveUp); // from here on the caller cancels
+        resolve(response);
+      });
       request.on('error', (error) => {
         const gone = ['ECONNREFUSED', 'ENOENT'].includes(errnoOf(error) ?? '');
         reject(

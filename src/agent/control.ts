@@ -14,6 +14,7 @@
  *   POST /v1/clones/:id/push        { reference? } the disk as it is now, also while a VM runs, to the source
  *   POST /v1/clones/pull            { reference, name? }
  *                                   (these five tell how far they are, and end when the caller goes: long-call.ts)
+ *   DELETE /v1/calls/:id            cancels one of them
  *   …    /v1/vms                    see machine-routes.ts
  *   …    /v1/cache                  see cache-routes.ts
  *   GET  /metrics, /healthz         see metrics.ts
@@ -28,6 +29,7 @@ import { serveClones } from './clone-routes.ts';
 import { serveCache } from './cache-routes.ts';
 import type { CacheWork } from './cache-routes.ts';
 import type { Clones } from './clones.ts';
+import { serveLongCalls } from './long-call.ts';
 import { serveMachines, type MachineParts } from './machine-routes.ts';
 import { serveMetrics } from './metrics.ts';
 import type { ProxyMetrics, StatusForMetrics } from './metrics.ts';
@@ -121,6 +123,7 @@ export async function serveControl(
     else reply.raw.once('close', () => successor.handOver());
     return { from: process.pid, to: successor.pid };
   });
+  serveLongCalls(app);
   serveClones(app, parts);
   serveMachines(app, parts);
   serveMetrics(app, parts.metrics, () => parts.status());

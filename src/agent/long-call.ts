@@ -1,12 +1,15 @@
 /**
  * Calls of the control socket that take long. Who asks for them with `Accept: application/x-ndjson` gets lines of
  * JSON: { progress: [done, total] } a few times a second, and last { result } or { error: { code, message } }; others
- * get the result alone. Who hangs up cancels the call.
+ * get the result alone. Who hangs up cancels the call; who wants to know when everything is taken back (the disk is
+ * free again) cancels it with DELETE /v1/calls/:id, the id being in the answer's header, and reads on to the last line.
  */
-import type { FastifyReply, FastifyRequest } from 'fastify';
-import { asGridError } from '../core/errors.ts';
+import type { FastifyInstance, FastifyReply, FastifyRequest } from 'fastify';
+import { asGridError, GridError } from '../core/errors.ts';
+import { body } from './schemas.ts';
 
 export const LINES_TYPE = 'application/x-ndjson';
+export const CALL_HEADER = 'gridvfs-call';
 const LINE_INTERVAL_MS = 200;
 
 /** What a task that takes long is given. */
@@ -14,6 +17,23 @@ export interface LongTask {
   readonly signal: AbortSignal;
   /** In bytes, or whatever the task counts. */
   readonly onProgress: (done: number, total: number) => void;
+}
+
+const running = new Map<number, AbortController>();
+let lastId = 0;
+
+export function serveLongCalls(app: FastifyInstance): void {
+  app.delete<{ Params: { id: number } }>(
+    '/v1/calls/:id',
+    { schema: { params: body({ id: { type: 'integer' } }, ['id']) } },
+    (request) => {
+      const { id } = request.params;
+      const call = running.get(id);
+      if (!call) throw new GridError('not-found', `call ${id} has ended`);
+      call.abort();
+      return { cancelled: id };
+    },
+  );
 }
 
 /** Runs `task` and answers with what it resolves with or throws. */
@@ -30,7 +50,10 @@ export async function longCall<T>(
   if (request.headers.accept !== LINES_TYPE) return task({ signal, onProgress: () => {} });
   reply.hijack();
   reply.raw.on('error', () => {}); // 'close' says what matters
-  reply.raw.writeHead(200, { 'content-type': LINES_TYPE });
+  const id = ++lastId;
+  running.set(id, gone);
+  reply.raw.writeHead(200, { 'content-type': LINES_TYPE, [CALL_HEADER]: id });
+  reply.raw.flushHeaders();
   const line = (value: unknown) => reply.raw.write(JSON.stringify(value) + '\n');
   let lastMs = -Infinity;
   try {
@@ -47,6 +70,8 @@ export async function longCall<T>(
   } catch (error) {
     const { code, message } = asGridError(error, 'the proxy failed', 'bug');
     line({ error: { code, message } });
+  } finally {
+    running.delete(id);
   }
   reply.raw.end();
   return undefined;
