@@ -135,10 +135,16 @@ export interface Running {
   close(): Promise<void>;
 }
 
+export interface BrokerOptions {
+  readonly leaseTimes?: LeaseTimes;
+  readonly callsPerMinute?: number;
+  readonly relay?: Relay;
+}
+
 export async function startBroker(
   database: string,
   folder: string,
-  options: { leaseTimes?: LeaseTimes; callsPerMinute?: number; relay?: Relay } = {},
+  options: BrokerOptions = {},
 ): Promise<Running> {
   const socket = path.join(folder, `b${randomBytes(4).toString('hex')}.sock`);
   const log = () => {};
@@ -451,11 +457,12 @@ export class TestHost {
   }
 }
 
-/** Asks until `what` gives a value; generous, because a loaded machine may take long. */
+/** Asks until `what` gives a value; generous unless a bound is given, because a loaded machine may take long. */
 export async function eventually<T>(
   what: () => Promise<T | undefined | false> | T | undefined | false,
+  timeoutMs = 200_000,
 ): Promise<T> {
-  const endMs = performance.now() + 200_000;
+  const endMs = performance.now() + timeoutMs;
   for (;;) {
     const value = await what();
     if (value !== undefined && value !== false) return value;

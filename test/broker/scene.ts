@@ -1,11 +1,12 @@
-/** A broker with hosts named so, and a user who asks: what most tests of the broker begin with. */
+/** What tests of the broker begin with: a broker with hosts of their names, for one test or for all of a suite. */
 import { randomUUID } from 'node:crypto';
+import { after, before } from 'node:test';
 import type { BrokerClient } from '../../src/agent/broker-client.ts';
 import type { ImageInfo, JobInfo, VmInfo } from '../../src/broker/index.ts';
 import type { LeaseTimes } from '../../src/broker/loads.ts';
-import type { HostFacts } from '../../src/core/grid.ts';
-import { Cable, eventually, startBroker, TestHost, version } from './harness.ts';
-import type { Databases, Running } from './harness.ts';
+import type { HostFacts, OfferedVersion } from '../../src/core/grid.ts';
+import { Cable, Databases, eventually, startBroker, TestHost, version } from './harness.ts';
+import type { BrokerOptions, DIALECTS, Running } from './harness.ts';
 
 export const DEBIAN = [version('debian', '12', { os: 'debian', kernel: '6.1.0', 'library.libc': '2.36' })];
 
@@ -23,7 +24,7 @@ export interface Scene {
   readonly hostOf: (vm: VmInfo) => TestHost;
 }
 
-/** All of it is ended with `stack`. */
+/** A broker with hosts named so, and a user who asks. All of it is ended with `stack`. */
 export async function scene(
   stack: AsyncDisposableStack,
   databases: Databases,
@@ -75,5 +76,45 @@ export async function scene(
       return settled(id);
     },
     hostOf: (vm) => hosts.find(({ facts }) => facts.host === vm.host)!,
+  };
+}
+
+/** One broker with the hosts `north` and `south`, which offer the same and share a store, for all tests of a suite. */
+export function northAndSouth(
+  dialect: (typeof DIALECTS)[number],
+  versions: readonly OfferedVersion[],
+  options: BrokerOptions = {},
+): { readonly hosts: readonly TestHost[]; readonly running: Running } {
+  const databases = new Databases(dialect);
+  const hosts: TestHost[] = [];
+  let running: Running | undefined;
+  before(async () => {
+    await databases.start();
+    running = await startBroker(await databases.fresh(), databases.folder, options);
+    const { token } = await running.broker.access.create('hosts', 'agent');
+    const store = { contents: new Map<string, string>(), checkpoints: new Map() };
+    const checkpoints = new Map<string, string>();
+    for (const name of ['north', 'south']) {
+      const host = new TestHost(name, databases.folder, [...versions]);
+      host.machines.volumes.store = store;
+      host.machines.store = checkpoints;
+      hosts.push(host.connectBy(await Cable.to(running.socket, databases.folder), token));
+    }
+    const looker = await running.as('looker');
+    await eventually(
+      async () => (await looker.call<unknown[]>('GET', '/v1/images')).length === versions.length,
+    );
+    await eventually(async () => (await looker.call<unknown[]>('GET', '/v1/hosts')).length === hosts.length);
+  });
+  after(async () => {
+    for (const host of hosts) await host.close();
+    await running?.close();
+    await databases.stop();
+  });
+  return {
+    hosts,
+    get running() {
+      return running!;
+    },
   };
 }

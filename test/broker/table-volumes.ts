@@ -19,6 +19,8 @@ export class TableVolumes implements LinkVolumes {
   /** By manifest, and by checkpoint: what the hosts of a test share. */
   store = { contents: new Map<string, string>(), checkpoints: new Map<string, readonly CarriedVolume[]>() };
   failure: GridError | undefined;
+  /** What a version takes in the store. */
+  savedBytes = 10;
 
   async attach(vm: string, volume: CarriedVolume): Promise<void> {
     await sleep(1);
@@ -55,7 +57,7 @@ export class TableVolumes implements LinkVolumes {
       return { id, manifest: clone.manifest, storedBytes: 0 };
     clone.manifest = sha256(Buffer.from(reference));
     this.store.contents.set(clone.manifest, clone.content);
-    return { id, reference, manifest: clone.manifest, storedBytes: 10 };
+    return { id, reference, manifest: clone.manifest, storedBytes: this.savedBytes };
   }
 
   async drop(id: string): Promise<void> {

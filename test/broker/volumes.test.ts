@@ -1,44 +1,30 @@
 /** Data volumes: made, grown, shared, written by one, kept when the VM goes, saved before anybody else may write. */
 import assert from 'node:assert/strict';
-import { after, before, suite, test } from 'node:test';
+import { suite, test } from 'node:test';
 import type { BrokerClient } from '../../src/agent/broker-client.ts';
-import type { JobInfo, VolumeInfo, VolumeRequest, WorkspaceInfo } from '../../src/broker/index.ts';
+import type {
+  HostInfo,
+  JobInfo,
+  VolumeInfo,
+  VolumeRequest,
+  VolumeUse,
+  WorkspaceInfo,
+} from '../../src/broker/index.ts';
 import { GridError } from '../../src/core/errors.ts';
 import { MIB } from '../../src/core/limits.ts';
-import { Cable, DIALECTS, Databases, eventually, startBroker, TestHost, version } from './harness.ts';
-import type { Running } from './harness.ts';
+import { DIALECTS, eventually, version } from './harness.ts';
+import type { TestHost } from './harness.ts';
+import { northAndSouth } from './scene.ts';
 import type { TableVolumes } from './table-volumes.ts';
+
+/** What takes milliseconds: without the line that it guards, a test is to fail soon, not to wait on. */
+const GUARD_MS = 20_000;
 
 for (const dialect of DIALECTS) {
   suite(`data volumes (${dialect})`, () => {
-    const databases = new Databases(dialect);
-    const hosts: TestHost[] = [];
-    let running: Running;
-
-    before(async () => {
-      await databases.start();
-      running = await startBroker(await databases.fresh(), databases.folder, {
-        leaseTimes: { leaseMs: 2_000, marginMs: 500 },
-      });
-      const { token } = await running.broker.access.create('hosts', 'agent');
-      const store = { contents: new Map<string, string>(), checkpoints: new Map() };
-      const checkpoints = new Map<string, string>();
-      for (const name of ['north', 'south']) {
-        const versions = [version('small', '1'), { ...version('tables', '7'), kind: 'data', sizeBytes: MIB }];
-        const host = new TestHost(name, databases.folder, versions);
-        host.machines.volumes.store = store;
-        host.machines.store = checkpoints;
-        hosts.push(host.connectBy(await Cable.to(running.socket, databases.folder), token));
-      }
-      const looker = await running.as('looker');
-      await eventually(async () => (await looker.call<unknown[]>('GET', '/v1/images')).length === 2);
-      await eventually(async () => (await looker.call<unknown[]>('GET', '/v1/hosts')).length === 2);
-    });
-    after(async () => {
-      for (const host of hosts) await host.close();
-      await running.close();
-      await databases.stop();
-    });
+    const versions = [version('small', '1'), { ...version('tables', '7'), kind: 'data', sizeBytes: MIB }];
+    const grid = northAndSouth(dialect, versions, { leaseTimes: { leaseMs: 2_000, marginMs: 500 } });
+    const { hosts } = grid;
 
     const volumesOf = (host: string): TableVolumes =>
       hosts.find(({ facts }) => facts.host === host)!.machines.volumes;
@@ -71,7 +57,7 @@ for (const dialect of DIALECTS) {
     };
 
     test('what one machine writes stays when it goes, and the next one goes on with it where the bytes are', async () => {
-      const ada = await running.as('ada');
+      const ada = await grid.running.as('ada');
       const made = await make(ada, { name: 'home', sizeBytes: 4 * MIB });
       assert.deepEqual([made.state, made.version, made.sizeBytes], ['free', 1, 4 * MIB]);
       await assert.rejects(ada.call('POST', '/v1/volumes', { name: 'home', sizeBytes: MIB }), {
@@ -95,8 +81,51 @@ for (const dialect of DIALECTS) {
       assert.equal((await volume(ada, 'home')).version, 2);
     });
 
+    test('a machine goes where the bytes of its volumes are, even where the image is warmer elsewhere', async () => {
+      const ada = await grid.running.as('ada');
+      const [north, south] = hosts as [TestHost, TestHost];
+      const warm = async (host: TestHost, manifest: string, bytes: number) => {
+        host.warmBytes[manifest] = bytes;
+        host.refresh();
+        await eventually(async () =>
+          (await ada.call<HostInfo[]>('GET', '/v1/hosts')).some(
+            ({ id, warmBytes }) => id === host.facts.host && warmBytes[manifest] === bytes,
+          ),
+        );
+      };
+      const placed = async (name: string, volumes: VolumeUse[]) => {
+        const { machines } = await request(ada, name, { volumes });
+        return machines[0]!;
+      };
+      await warm(north, versions[0]!.manifest, 8 * MIB);
+      await make(ada, { name: 'big', sizeBytes: 64 * MIB });
+      const reader = [{ volume: 'big', readOnly: true }];
+      const first = await placed('first', reader);
+      assert.equal(first.host, 'north');
+      const { manifest } = north.machines.volumes.attached.get(first.placedAs!)![0]!;
+      await end(ada, 'first');
+      // What a reader has is in its host's cache. Fails without `volumeBytes` in `warm` of rankHosts.
+      await warm(south, manifest, 32 * MIB);
+      assert.equal((await placed('second', reader)).host, 'south');
+      await end(ada, 'second');
+      await free(ada, 'big');
+
+      // What a writer wrote is in the clone that its host keeps. Fails without `carried` in volumeBytesOn.
+      south.machines.volumes.savedBytes = 32 * MIB;
+      assert.equal((await placed('writes', [{ volume: 'big' }])).host, 'south');
+      await writeTo(ada, 'big', 'much');
+      await end(ada, 'writes');
+      await free(ada, 'big');
+      await warm(south, manifest, 0);
+      const again = await placed('again', [{ volume: 'big' }]);
+      assert.deepEqual([again.host, volumesOf('south').seen(again.placedAs!, 'big')], ['south', 'much']);
+      await end(ada, 'again');
+      await free(ada, 'big');
+      await warm(north, versions[0]!.manifest, 0);
+    });
+
     test('one machine at a time writes, any number reads what was saved last, on any host', async () => {
-      const ada = await running.as('ada');
+      const ada = await grid.running.as('ada');
       await make(ada, { name: 'shared', image: 'tables:7', sizeBytes: 2 * MIB });
       await request(ada, 'writer', { volumes: [{ volume: 'shared' }] });
       // Each fails without its check in claimVolumes.
@@ -150,7 +179,7 @@ for (const dialect of DIALECTS) {
     });
 
     test('a volume comes to a machine that runs and goes from it, and what was written is saved', async () => {
-      const ada = await running.as('ada');
+      const ada = await grid.running.as('ada');
       await make(ada, { name: 'hot', sizeBytes: MIB });
       const { machines } = await request(ada, 'runs', {});
       const [vm] = machines;
@@ -173,7 +202,7 @@ for (const dialect of DIALECTS) {
     });
 
     test('suspended with its machine, it goes on with it on another host, and nobody else writes meanwhile', async () => {
-      const ada = await running.as('ada');
+      const ada = await grid.running.as('ada');
       await make(ada, { name: 'kept', sizeBytes: MIB });
       const { machines } = await request(ada, 'sleeper', { volumes: [{ volume: 'kept' }] });
       const from = machines[0]!.host!;
@@ -197,7 +226,7 @@ for (const dialect of DIALECTS) {
       assert.equal(volumesOf(to).seen(vm!.placedAs!, 'kept'), 'before');
       // Fails without orderDrop in bindTo: what is left there would be of an earlier time.
       const { id } = await volume(ada, 'kept');
-      await eventually(() => !volumesOf(from).clones.has(id));
+      await eventually(() => !volumesOf(from).clones.has(id), GUARD_MS);
       await writeTo(ada, 'kept', 'after');
       await end(ada, 'sleeper');
       await free(ada, 'kept');
@@ -205,7 +234,7 @@ for (const dialect of DIALECTS) {
     });
 
     test('what a silent host has and nobody else is waited for, unless its owner gives it up', async () => {
-      const ada = await running.as('ada');
+      const ada = await grid.running.as('ada');
       await make(ada, { name: 'risky', sizeBytes: MIB });
       const { machines } = await request(ada, 'falls', { volumes: [{ volume: 'risky' }] });
       const host = hosts.find(({ facts }) => facts.host === machines[0]!.host)!;
@@ -224,7 +253,10 @@ for (const dialect of DIALECTS) {
       });
       const waits = () => ada.call<WorkspaceInfo>('GET', '/v1/workspaces/waits');
       // Fails without the look at `unsaved` in volumesToPlace.
-      await eventually(async () => /is being saved first/.test((await waits()).machines[0]!.reason ?? ''));
+      await eventually(
+        async () => /is being saved first/.test((await waits()).machines[0]!.reason ?? ''),
+        GUARD_MS,
+      );
       host.cable!.mend();
       const [vm] = (
         await eventually(async () => {
@@ -258,7 +290,7 @@ for (const dialect of DIALECTS) {
     });
 
     test('another user sees and reads it only when it is shared, and never writes', async () => {
-      const [ada, bob] = [await running.as('ada'), await running.as('bob')];
+      const [ada, bob] = [await grid.running.as('ada'), await grid.running.as('bob')];
       await make(ada, { name: 'mine', sizeBytes: MIB });
       const ask = (which: string, readOnly = true) =>
         bob.call('POST', '/v1/workspaces', { image: 'small', volumes: [{ volume: which, readOnly }] });

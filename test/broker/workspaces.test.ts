@@ -1,38 +1,20 @@
 /** Workspaces: asked for, listed, refused, ended together; their network, their quota and their accounts. */
 import assert from 'node:assert/strict';
-import { after, before, suite, test } from 'node:test';
+import { suite, test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
 import type { QuotaInfo, WorkspaceInfo } from '../../src/broker/index.ts';
 import { csvOf } from '../../src/broker/workspace-routes.ts';
 import { GIB } from '../../src/core/limits.ts';
 import { Networks } from '../../src/network/index.ts';
-import { DIALECTS, Databases, eventually, startBroker, TestHost, version } from './harness.ts';
+import { DIALECTS, eventually, version } from './harness.ts';
 import type { Running } from './harness.ts';
+import { northAndSouth } from './scene.ts';
 
 for (const dialect of DIALECTS) {
   suite(`workspaces (${dialect})`, () => {
-    const databases = new Databases(dialect);
-    const hosts: TestHost[] = [];
-    let running: Running;
-
-    before(async () => {
-      await databases.start();
-      running = await startBroker(await databases.fresh(), databases.folder, {
-        relay: new Networks('broker', () => {}, { relay: true }),
-      });
-      for (const name of ['north', 'south']) {
-        const host = new TestHost(name, databases.folder, [version('small', '1')]);
-        hosts.push(host.connect(await running.as('hosts', 'agent')));
-      }
-      const looker = await running.as('looker');
-      await eventually(async () => (await looker.call<unknown[]>('GET', '/v1/images')).length === 1);
-      await eventually(async () => (await looker.call<unknown[]>('GET', '/v1/hosts')).length === 2);
-    });
-    after(async () => {
-      for (const host of hosts) await host.close();
-      await running.close();
-      await databases.stop();
-    });
+    const relay = new Networks('broker', () => {}, { relay: true });
+    const grid = northAndSouth(dialect, [version('small', '1')], { relay });
+    const { hosts } = grid;
 
     const when = (user: Awaited<ReturnType<Running['as']>>, id: string, state: WorkspaceInfo['state']) =>
       eventually(async () => {
@@ -41,7 +23,7 @@ for (const dialect of DIALECTS) {
       });
 
     test('one request makes machines with addresses on one network; one end releases all and is accounted', async () => {
-      const [ada, bob] = [await running.as('ada'), await running.as('bob')];
+      const [ada, bob] = [await grid.running.as('ada'), await grid.running.as('bob')];
       const request = { image: 'small', count: 4, name: 'lab', network: 'lab', policy: 'spread' };
       const key = { headers: { 'idempotency-key': 'lab-1' } };
       const made = await ada.call<WorkspaceInfo>('POST', '/v1/workspaces', request, key);
@@ -94,7 +76,7 @@ for (const dialect of DIALECTS) {
     });
 
     test('a workspace over quota is refused with what is allowed, used and asked for, and takes nothing', async () => {
-      const [carl, operator] = [await running.as('carl'), await running.as('root', 'operator')];
+      const [carl, operator] = [await grid.running.as('carl'), await grid.running.as('root', 'operator')];
       await operator.call('PUT', '/v1/quotas/carl', { machines: 3, memoryBytes: 2 * GIB });
       await assert.rejects(carl.call('PUT', '/v1/quotas/carl', {}), { code: 'denied' });
       await carl.call('POST', '/v1/workspaces', { image: 'small', count: 2, name: 'first' });
@@ -117,7 +99,7 @@ for (const dialect of DIALECTS) {
     });
 
     test('a workspace whose time is over is ended by the broker, one that was extended is not', async () => {
-      const dora = await running.as('dora');
+      const dora = await grid.running.as('dora');
       for (const name of ['short', 'long']) {
         await dora.call('POST', '/v1/workspaces', { image: 'small', name, lifetimeMs: 1_500 });
       }
@@ -132,7 +114,7 @@ for (const dialect of DIALECTS) {
     });
 
     test('a command is run in each guest, and what became of it is kept; a seed goes to each host', async () => {
-      const fay = await running.as('fay');
+      const fay = await grid.running.as('fay');
       const commandOf = async (name: string, command: string, more: object = {}) => {
         await fay.call('POST', '/v1/workspaces', { image: 'small', name, command, ...more });
         return eventually(async () => {
@@ -175,7 +157,7 @@ for (const dialect of DIALECTS) {
     });
 
     test('a user’s stream reaches the own guest by way of its host, and nobody else’s', async () => {
-      const [gil, other] = [await running.as('gil'), await running.as('other')];
+      const [gil, other] = [await grid.running.as('gil'), await grid.running.as('other')];
       await gil.call('POST', '/v1/workspaces', { image: 'small', name: 'shell' });
       const { machines } = await when(gil, 'shell', 'running');
       const open = (client: typeof gil, which: string, port = 22) =>
@@ -192,7 +174,7 @@ for (const dialect of DIALECTS) {
       await assert.rejects(open(other, machines[0]!.id), { code: 'not-found' });
       await assert.rejects(open(gil, 'shell', 23), { code: 'vm-failed', message: /no such network/ });
       await assert.rejects(open(gil, 'shell', 70_000), { code: 'bad-request' });
-      const agent = await running.as('hosts', 'agent');
+      const agent = await grid.running.as('hosts', 'agent');
       await assert.rejects(open(agent, 'shell'), { code: 'denied' });
       const guess = `/v1/agent/streams/${'0'.repeat(32)}?host=${machines[0]!.host}`;
       await assert.rejects(agent.upgrade(guess, 'gridvfs-stream'), { code: 'denied' });
@@ -200,18 +182,20 @@ for (const dialect of DIALECTS) {
     });
 
     test('a trunk is for hosts that carry a machine of the network, under their own token', async () => {
-      const eve = await running.as('eve');
+      const eve = await grid.running.as('eve');
       await eve.call('POST', '/v1/workspaces', { image: 'small', name: 'w', network: 'eves' });
       const { machines } = await when(eve, 'w', 'running');
       const carrier = machines[0]!.host!;
       const other = hosts.find(({ facts }) => facts.host !== carrier)!.facts.host;
-      const agent = await running.as('hosts', 'agent');
+      const agent = await grid.running.as('hosts', 'agent');
       const open = (client: typeof agent, network: string, host: string) =>
         client.upgrade(`/v1/agent/trunks/${network}?host=${host}`, 'gridvfs-trunk');
       await assert.rejects(open(agent, 'eves', other), { code: 'denied' });
       await assert.rejects(open(agent, 'nothing', carrier), { code: 'denied' });
       await assert.rejects(open(eve, 'eves', carrier), { code: 'denied' });
-      await assert.rejects(open(await running.as('stranger', 'agent'), 'eves', carrier), { code: 'denied' });
+      await assert.rejects(open(await grid.running.as('stranger', 'agent'), 'eves', carrier), {
+        code: 'denied',
+      });
       const near = new Networks(carrier, () => {});
       try {
         assert.equal(await near.join('eves', await open(agent, 'eves', carrier)), 'broker');
@@ -222,10 +206,10 @@ for (const dialect of DIALECTS) {
     });
 
     test('accounts are exported as CSV, with names that a spreadsheet takes for nothing else', async () => {
-      const rows = await running.broker.requests.usage({ user: 'ada', role: 'user' });
+      const rows = await grid.running.broker.requests.usage({ user: 'ada', role: 'user' });
       assert.ok(rows.length > 0 && csvOf(rows).startsWith('vm,generation,owner,host,'));
       assert.equal(csvOf([{ a: '=1+1', b: 'x,"y"\n', c: -5 }]), `a,b,c\r\n'=1+1,"x,""y""\n",-5\r\n`);
-      const operator = await running.as('root', 'operator');
+      const operator = await grid.running.as('root', 'operator');
       assert.ok((await operator.call<unknown[]>('GET', '/v1/usage')).length >= rows.length);
     });
   });
