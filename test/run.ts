@@ -1,8 +1,10 @@
 /**
- * Runs the tests: `node test/run.ts [--long] [FILE…]`. Two files at a time (the machine has two cores, and most
- * of the time is waiting for guests). `--long` sets GRIDVFS_LONG=1, which the long variants of tests ask for.
+ * Runs the tests: `node test/run.ts [--long] [FILE…]`. Three files at a time on two cores: two left them idle for two
+ * fifths of the time (tests wait for links, timeouts and each other). `--long` sets GRIDVFS_LONG=1, which the long
+ * variants of tests ask for.
  */
 import { globSync } from 'node:fs';
+import os from 'node:os';
 import path from 'node:path';
 import { run } from 'node:test';
 import { spec } from 'node:test/reporters';
@@ -18,7 +20,11 @@ const files =
     ? named.map((file) => path.resolve(file))
     : globSync('test/**/*.test.ts', { cwd: ROOT }).map((file) => path.join(ROOT, file));
 let failed = false;
-const stream = run({ files: files.toSorted(), concurrency: 2, timeout: long ? 3_600_000 : 300_000 });
+const stream = run({
+  files: files.toSorted(),
+  concurrency: Math.ceil(1.5 * os.availableParallelism()),
+  timeout: long ? 3_600_000 : 300_000,
+});
 stream.on('test:fail', (data) => {
   if (data.todo === undefined || data.todo === false) failed = true;
 });
