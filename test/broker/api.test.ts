@@ -142,7 +142,7 @@ suite('the API of a broker', () => {
       assert.equal((await call('DELETE', `/v1/tokens/${id}`, operator)).statusCode, 200);
       assert.equal((await call('GET', '/v1/vms', bob)).statusCode, 401);
       const rows = JSON.stringify(await running.broker.db.all('SELECT * FROM tokens'));
-      for (const token of [ada, bob, agent]) assert.ok(!rows.includes(token!.split('_')[2]!));
+      for (const token of [ada, bob, agent]) assert.ok(!rows.includes(token!.slice(-43))); // a secret may hold '_'
     } finally {
       await app.close();
     }
