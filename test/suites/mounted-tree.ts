@@ -50,6 +50,8 @@ export interface MountedTree {
   readonly image: MountedFile;
   /** Read-only, nothing of it on this host yet; it comes slowly. */
   readonly cold: MountedFile;
+  /** Read-only; what lies beyond its first MiB is at no source any more. */
+  readonly gone: MountedFile;
   /** Writable, at least 4 MiB. */
   readonly clone: MountedFile;
   /** Whether ranges of a clone can be punched and zeroed; where not, both are EOPNOTSUPP. */
@@ -88,6 +90,20 @@ export function mountedTreeSuite(name: string, start: () => Promise<MountedTree>
       if (before !== undefined && opened !== undefined) assert.equal(opened - before, 1);
       await Promise.all(handles.map(() => run('cmp', [tree.cold.reference, at(tree.cold)])));
       for (const handle of handles) await handle.close();
+    });
+
+    // Without errnoOfContent in calls.ts and native.ts it is ENOENT.
+    test('bytes that no source has any more are EIO to who reads them, as on a disk, and the others stay', () => {
+      const fd = openSync(at(tree.gone), 'r');
+      try {
+        assert.throws(() => readSync(fd, Buffer.alloc(4096), 0, 4096, 2 << 20), errno('EIO'));
+        const [bytes, expected] = [Buffer.alloc(4096), readFileSync(tree.gone.reference)];
+        assert.equal(readSync(fd, bytes, 0, 4096, 8192), 4096);
+        assert.ok(bytes.equals(expected.subarray(8192, 8192 + 4096)));
+        assert.throws(() => readSync(fd, bytes, 0, 4096, 2 << 20), errno('EIO'), 'again');
+      } finally {
+        closeSync(fd);
+      }
     });
 
     test(`1,000 random reads equal the source, buffered and O_DIRECT (seed ${SEED})`, () => {

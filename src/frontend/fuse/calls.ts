@@ -7,7 +7,8 @@
  */
 import { readFile } from 'node:fs/promises';
 import { constants } from 'node:os';
-import { encodeErrorReply, encodeReply, errnoNumberOf, Refusal, writeReplyHeader } from './protocol.ts';
+import { encodeErrorReply, encodeReply, errnoNumberOf, errnoOfContent } from './protocol.ts';
+import { FALLOCATE, FSYNC, READ, Refusal, WRITE, writeReplyHeader } from './protocol.ts';
 import type { Request } from './protocol.ts';
 import { millisecondsSince, OperationTimes, stampMicroseconds } from './operation-times.ts';
 import type { OperationFigures } from '../../core/usage.ts';
@@ -37,7 +38,9 @@ export class Call {
   }
 
   refuse(error: unknown): void {
-    if (!this.answered) this.#send(encodeErrorReply(this.request.unique, errnoNumberOf(error)));
+    if (this.answered) return;
+    const errno = ON_CONTENT.has(this.request.opcode) ? errnoOfContent(error) : errnoNumberOf(error);
+    this.#send(encodeErrorReply(this.request.unique, errno));
   }
 
   #send(reply: Buffer): void {
@@ -45,6 +48,8 @@ export class Call {
     this.#reply(reply);
   }
 }
+
+const ON_CONTENT: ReadonlySet<number> = new Set([READ, WRITE, FALLOCATE, FSYNC]);
 
 /** How often an interrupted call looks whether its thread is being killed. */
 const KILL_POLL_MS = 100;

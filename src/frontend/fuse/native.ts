@@ -20,7 +20,7 @@ import { takeDownNow } from './fusermount.ts';
 import { detachMount, released } from './unmount.ts';
 import { checkMountpoint, findMount, findMountSync } from './mountinfo.ts';
 import { inoOf, keyOf } from './nodes.ts';
-import { errnoNumberOf, modeOf, Refusal } from './protocol.ts';
+import { errnoNumberOf, errnoOfContent, modeOf, Refusal } from './protocol.ts';
 import type { Owner } from './protocol.ts';
 
 /** What of fuse-native is used. */
@@ -122,7 +122,7 @@ class Operations {
       fsync: this.#answering(async (_path: string, _dataOnly: number, handle: number) => {
         const { image } = this.#of(handle);
         if (image.writable) await image.flush();
-      }),
+      }, errnoOfContent),
       truncate: this.#answering((path: string, sizeBytes: number) => this.#truncate(path, sizeBytes)),
       ftruncate: this.#answering((path: string, _handle: number, sizeBytes: number) =>
         this.#truncate(path, sizeBytes),
@@ -153,22 +153,22 @@ class Operations {
   }
 
   /** An operation whose result is told as (0, result), and whose failure as its errno. */
-  #answering<A extends unknown[]>(operation: (...args: A) => Promise<unknown>) {
+  #answering<A extends unknown[]>(operation: (...args: A) => Promise<unknown>, numberOf = errnoNumberOf) {
     return (...args: [...A, Done]) => {
       const tell = args.at(-1) as Done;
       operation(...(args.slice(0, -1) as A)).then(
         (result) => tell(0, result),
-        (error: unknown) => tell(-this.#errno(error)),
+        (error: unknown) => tell(-this.#errno(error, numberOf)),
       );
     };
   }
 
-  #errno(error: unknown): number {
+  #errno(error: unknown, numberOf = errnoNumberOf): number {
     if (!(error instanceof Refusal)) {
       this.counts.failures++;
       this.#log(`a request failed: ${error instanceof Error ? error.message : String(error)}`);
     }
-    return errnoNumberOf(error);
+    return numberOf(error);
   }
 
   /** What the path is: while it is open what it was at its first open. */
@@ -286,10 +286,10 @@ class Operations {
       }
       image.read(target, offset).then(
         () => tell(lengthBytes),
-        (error: unknown) => tell(-this.#errno(error)),
+        (error: unknown) => tell(-this.#errno(error, errnoOfContent)),
       );
     } catch (error) {
-      tell(-this.#errno(error));
+      tell(-this.#errno(error, errnoOfContent));
     }
   }
 
@@ -307,10 +307,10 @@ class Operations {
       }
       image.write(source, offset).then(
         () => tell(lengthBytes),
-        (error: unknown) => tell(-this.#errno(error)),
+        (error: unknown) => tell(-this.#errno(error, errnoOfContent)),
       );
     } catch (error) {
-      tell(-this.#errno(error));
+      tell(-this.#errno(error, errnoOfContent));
     }
   }
 

@@ -290,6 +290,12 @@ export function errnoNumberOf(error: unknown): number {
   return ERRNO_BY_NAME[errnoOf(error) ?? ''] ?? constants.errno.EIO;
 }
 
+/** The same for what is asked of a file that is open: no name can be missing there, so what is missing is of the disk. */
+export function errnoOfContent(error: unknown): number {
+  const errno = errnoNumberOf(error);
+  return errno === constants.errno.ENOENT ? constants.errno.EIO : errno;
+}
+
 /** A request as the main thread sees it. The readers throw RangeError past the end: EINVAL to the kernel. */
 export class Request {
   readonly bytes: Buffer;

@@ -43,6 +43,8 @@ export interface FileSpec {
   readonly delayMs?: number;
   /** cold: bytes from here on never come until `release`. */
   readonly stuckFrom?: number;
+  /** cold: bytes from here on are at no source any more. */
+  readonly goneFrom?: number;
   /** Without a DirectMap every read goes through the main thread. */
   readonly indirect?: boolean;
   /** image: gives itself for passthrough. 'folder': gives a descriptor that the kernel refuses. */
@@ -116,6 +118,8 @@ class FileImage implements Image {
     this.#check();
     this.reads++;
     if (this.#spec.kind === 'cold') {
+      if (offsetBytes + target.length > (this.#spec.goneFrom ?? Infinity))
+        throw new GridError('not-found', 'the store has no such chunk');
       if (offsetBytes + target.length > (this.#spec.stuckFrom ?? Infinity)) await this.#unstuck;
       await setTimeout(this.#spec.delayMs ?? 0);
       this.#check();

@@ -19,6 +19,10 @@ async function start(options: { indirect?: boolean; driver?: Driver }): Promise<
   const specs: FileSpec[] = [
     { path: 'images/debian/12/disk.raw', source: image, kind: 'image', contentId: 'one', indirect },
     { path: 'images/debian/13/disk.raw', source: cold, kind: 'cold', contentId: 'two', delayMs: 5, indirect },
+    {
+      ...{ path: 'images/gone/1/disk.raw', source: cold, kind: 'cold', contentId: 'four', indirect },
+      goneFrom: 1 << 20,
+    },
     { path: 'clones/c1/disk.raw', source: cloneBase, kind: 'clone', contentId: 'three', indirect },
   ];
   const child = await MountChild.start(place, {
@@ -32,7 +36,8 @@ async function start(options: { indirect?: boolean; driver?: Driver }): Promise<
     mountpoint: place.mountpoint,
     image: { path: specs[0]!.path, reference: image },
     cold: { path: specs[1]!.path, reference: cold },
-    clone: { path: specs[2]!.path, reference },
+    gone: { path: specs[2]!.path, reference: cold },
+    clone: { path: specs[3]!.path, reference },
     trims: driver === 'kernel',
     opens: async () => (await child.statistics()).opens,
     async close() {
