@@ -1,7 +1,7 @@
 /**
- * What VMs live through, at length: a hundred suspensions under a writer, eight forks at once, forks of forks, the death
- * of their proxy at every moment, a tunnel that is cut for a minute, and what is not as it was. All in the long run;
- * vm-resume.test.ts has the short of it.
+ * What VMs live through, at length: a hundred suspensions under a writer, forks of forks, the death of their proxy at every
+ * moment, a tunnel that is cut for a minute, and what is not as it was. All in the long run; vm-resume.test.ts has the
+ * short of it, vm-forks.test.ts many forks at once.
  */
 import assert from 'node:assert/strict';
 import { readFileSync, writeFileSync } from 'node:fs';
@@ -17,7 +17,7 @@ import { isRunning } from '../../src/core/linux.ts';
 import { parseManifest } from '../../src/core/manifest.ts';
 import { openStore } from '../../src/store/index.ts';
 import { ask } from './console.ts';
-import { anonymousBytes, importSmall, killProxy, nonceOf, setNonce } from './vm-world.ts';
+import { dirtyMemoryBytes, importSmall, killProxy, nonceOf, setNonce } from './vm-world.ts';
 import type { Suspended, Vm } from './vm-world.ts';
 import { World } from './world.ts';
 import type { ServerHandle } from './world.ts';
@@ -41,21 +41,6 @@ const WRITER = [
 const megabytes = (bytes: number) => `${(bytes / 1e6).toFixed(1)} MB`;
 const median = (values: readonly number[]) =>
   values.toSorted((a, b) => a - b)[Math.floor(values.length / 2)]!;
-
-/** Bytes of the machine's memory that are its own by now: of the private mapping of its image. */
-function dirtyMemoryBytes(pid: number): number {
-  const parts = readFileSync(`/proc/${pid}/smaps`, 'utf8').split(/^(?=[0-9a-f]+-[0-9a-f]+ )/m);
-  return parts
-    .filter((part) => /^.*\/(?:memory|disk)\.raw\n/.test(part))
-    .reduce((sum, part) => sum + 1024 * Number(/^Anonymous:\s+(\d+) kB$/m.exec(part)![1]), 0);
-}
-
-/** What the host has given away for good: everything that is neither free nor pages of files. */
-function hostUsedBytes(): number {
-  const text = readFileSync('/proc/meminfo', 'utf8');
-  const of = (name: string) => 1024 * Number(new RegExp(`^${name}:\\s+(\\d+) kB$`, 'm').exec(text)![1]);
-  return of('MemTotal') - of('MemFree') - of('Buffers') - (of('Cached') - of('Shmem')) - of('SReclaimable');
-}
 
 suite('what VMs live through', { skip: LONG ? false : 'minutes; in the long run' }, () => {
   const world = new World();
@@ -302,91 +287,6 @@ suite('what VMs live through', { skip: LONG ? false : 'minutes; in the long run'
     // QEMU itself reads some of it, the guest the rest.
     const why = begun.code === 0 ? await failure('damaged', 60_000) : begun.stderr;
     assert.match(why, /a page of its memory image .* cannot be read/);
-    assert.deepEqual(await world.json('clone', 'ls'), []);
-  });
-});
-
-suite('many forks', { skip: LONG ? false : 'minutes; in the long run' }, () => {
-  const world = new World();
-  const FORKS = 8;
-
-  before(async () => {
-    await importSmall(world);
-  });
-  after(() => world.dispose());
-
-  test(`${FORKS} forks of one checkpoint of 512 MB: each itself, with memory for what it changed, each page fetched once`, async (t) => {
-    const server = await world.server('--accept-uploads');
-    await world.mount(server.url, server, '--no-profile');
-    const vm = await world.json<Vm>('vm', 'run', 'small:1', '--name', 'origin', '--memory', '512M');
-    const nonce = await setNonce(vm);
-    await ask(
-      vm.consoleSocket,
-      'dd if=/dev/urandom of=/run/fill bs=1M count=200 2>/dev/null; md5sum < /run/fill > /run/sum; echo filled-$((6*7))',
-      /filled-42/,
-      { lateMs: 120_000, againMs: 120_000 },
-    );
-    await world.json('vm', 'suspend', 'origin');
-    await world.json('vm', 'checkpoint', 'origin', '--to', 'big:1');
-    await world.json('vm', 'stop', 'origin', '--now');
-    interface Status {
-      pid: number;
-      cache: { fetchedChunks: number; fetchedPlainBytes: number };
-    }
-    const present = async () => {
-      const { images } = await world.json<{ images: { presentChunks: number }[] }>('cache', 'status');
-      return images.reduce((sum, image) => sum + image.presentChunks, 0);
-    };
-    const before = { chunks: await present(), ...(await world.json<Status>('proxy', 'status')) };
-    const proxyBefore = anonymousBytes(before.pid);
-    const usedBefore = hostUsedBytes();
-    const startMs = performance.now();
-    const forks = await world.json<Vm[]>('vm', 'fork', 'big:1', '--count', String(FORKS), '--name', 'fork');
-    const startedMs = performance.now() - startMs;
-    // All of them read all that was put into memory.
-    const answers = await Promise.all(
-      forks.map(({ consoleSocket }) =>
-        ask(
-          consoleSocket,
-          'echo "=$N=$(md5sum < /run/fill | cmp - /run/sum && echo same)="; cat /run/identity',
-          /=(\w+)=same=\s+\{"event":"fork",.*\}/,
-          { lateMs: 240_000, againMs: 240_000 },
-        ),
-      ),
-    );
-    const answeredMs = performance.now() - startMs;
-    const identities = answers.map((answer, at) => {
-      assert.ok(answer.startsWith(`=${nonce}=same=`), answer);
-      const said = JSON.parse(/\{.*\}/.exec(answer)![0]) as {
-        name: string;
-        instanceId: string;
-        macAddress: string;
-      };
-      assert.equal(said.name, forks[at]!.id);
-      return said;
-    });
-    for (const key of ['name', 'instanceId', 'macAddress'] as const)
-      assert.equal(new Set(identities.map((each) => each[key])).size, FORKS);
-    const used = hostUsedBytes() - usedBefore;
-    const now = { chunks: await present(), ...(await world.json<Status>('proxy', 'status')) };
-    const proxyGrown = anonymousBytes(now.pid) - proxyBefore;
-    const dirty = forks.map(({ pid }) => dirtyMemoryBytes(pid));
-    const own = forks.map(({ pid }) => anonymousBytes(pid));
-    const sum = (values: readonly number[]) => values.reduce((total, value) => total + value, 0);
-    t.diagnostic(
-      `${FORKS} forks started in ${(startedMs / 1000).toFixed(1)} s, answered with 200 MB read after ${(answeredMs / 1000).toFixed(1)} s; ` +
-        `per fork: ${megabytes(sum(dirty) / FORKS)} of memory dirty, ${megabytes(sum(own) / FORKS)} anonymous in its process, ` +
-        `${megabytes((used - proxyGrown) / FORKS)} more used on the host (proxy ${megabytes(proxyGrown)} more)`,
-    );
-    const fetched = now.cache.fetchedChunks - before.cache.fetchedChunks;
-    t.diagnostic(`${fetched} chunks fetched, ${now.chunks - before.chunks} are here now`);
-    assert.ok(sum(dirty) / FORKS < 64 * MIB, 'pages of the base are shared');
-    assert.ok(
-      used - proxyGrown <= 1.1 * sum(own),
-      `${used} used, ${proxyGrown} by the proxy, ${sum(own)} own`,
-    );
-    assert.ok(fetched <= now.chunks - before.chunks, 'each chunk is fetched once');
-    await world.json('vm', 'stop', ...forks.map(({ id }) => id), '--now');
     assert.deepEqual(await world.json('clone', 'ls'), []);
   });
 });

@@ -63,3 +63,11 @@ export function anonymousBytes(pid: number): number {
   const text = readFileSync(`/proc/${pid}/smaps_rollup`, 'utf8');
   return 1024 * Number(/^Anonymous:\s+(\d+) kB$/m.exec(text)![1]);
 }
+
+/** Bytes of the machine's memory that are its own by now: of the private mapping of its image. */
+export function dirtyMemoryBytes(pid: number): number {
+  const parts = readFileSync(`/proc/${pid}/smaps`, 'utf8').split(/^(?=[0-9a-f]+-[0-9a-f]+ )/m);
+  return parts
+    .filter((part) => /^.*\/(?:memory|disk)\.raw\n/.test(part))
+    .reduce((sum, part) => sum + 1024 * Number(/^Anonymous:\s+(\d+) kB$/m.exec(part)![1]), 0);
+}
