@@ -17,6 +17,7 @@ import type {
   MachineStatus,
 } from '../../core/machine.ts';
 import { ConsoleLog, ConsoleWatch, lastWords } from '../console.ts';
+import { CONSOLE_LINES, guestReady, Stopping } from '../guest.ts';
 import { adoptProcess } from '../process.ts';
 import type { RunningProcess } from '../process.ts';
 import { within } from '../within.ts';
@@ -39,7 +40,6 @@ const START_TIMEOUT_MS = 30_000;
 const LOOK_MS = 5;
 const KILL_TIMEOUT_MS = 10_000;
 const POWERDOWN_INTERVAL_MS = 2_000;
-const WORDS = 3;
 const VOLUMES = 'dev/volumes';
 
 /** machine.json. */
@@ -74,8 +74,7 @@ export class ContainerMachine implements Machine {
   #reason: string | undefined;
   #startedMs: number | undefined;
   #readyMs: number | undefined;
-  #stopAsked = false;
-  #stopping: Promise<void> | undefined;
+  readonly #stopping = new Stopping();
 
   private constructor(
     folder: string,
@@ -158,40 +157,15 @@ export class ContainerMachine implements Machine {
     };
   }
 
-  async ready(timeoutMs: number): Promise<void> {
+  ready(timeoutMs: number): Promise<void> {
     const { name, readyText } = this.#description;
-    if (this.#readyMs !== undefined) return;
-    if (this.#console === undefined)
-      throw new GridError(
-        'bad-request',
-        `${name} was started without readyText, so nobody can know when it is ready`,
-      );
-    const outcome = await within(timeoutMs, Promise.race([this.#console.outcome, this.ended]));
-    if (outcome === 'ready' || this.#readyMs !== undefined) return;
-    const words = (await lastWords(this.consoleLog, WORDS)) || 'nothing';
-    if (outcome === undefined)
-      throw new GridError(
-        'timeout',
-        `${name} did not say "${readyText}" within ${timeoutMs} ms; its console's last words: ${words}`,
-      );
-    const why =
-      'panic' in outcome
-        ? outcome.panic
-        : (outcome.reason ?? `it powered down; its console's last words: ${words}`);
-    throw new GridError('vm-failed', `${name} ended before it was ready: ${why}`);
+    const { consoleLog, ended } = this;
+    const guest = { name, readyText, watch: this.#console, consoleLog, ended };
+    return guestReady({ ...guest, isReady: () => this.#readyMs !== undefined }, timeoutMs);
   }
 
   stop(graceMs: number): Promise<void> {
-    if (!Number.isFinite(graceMs) || graceMs < 0)
-      return Promise.reject(new GridError('bad-request', `graceMs must be a number from 0, not ${graceMs}`));
-    // A second call that is more urgent than the first must not wait for the first one's grace.
-    if (this.#stopping !== undefined && graceMs > 0) return this.#stopping;
-    this.#stopAsked = true;
-    const stopping = this.#stop(graceMs).finally(() => {
-      if (this.#stopping === stopping) this.#stopping = undefined;
-    });
-    this.#stopping = stopping;
-    return stopping;
+    return this.#stopping.stop(graceMs, (ms) => this.#stop(ms));
   }
 
   capture(): Promise<never> {
@@ -339,13 +313,13 @@ export class ContainerMachine implements Machine {
     for (const loop of this.#loops.values())
       await this.#run('losetup', ['--detach', loop]).catch(() => undefined);
     const exit = await readJson<ContainerExit>(this.#folder, EXIT_FILE);
-    if (this.#startedMs !== undefined && (this.#stopAsked || exit?.code === 0)) {
+    if (this.#startedMs !== undefined && (this.#stopping.asked || exit?.code === 0)) {
       this.#state = 'stopped';
     } else {
       const how =
         exit?.reason ??
         (exit?.signal ? `killed by ${exit.signal}` : `ended with status ${exit?.code ?? '?'}`);
-      const words = await lastWords(this.consoleLog, WORDS);
+      const words = await lastWords(this.consoleLog, CONSOLE_LINES);
       this.#reason = `${how}${words === '' ? '' : `; console: ${words}`}`;
       this.#state = 'failed';
     }

@@ -51,6 +51,7 @@ import {
 import { DiskFull } from './disk-full.ts';
 import { forwardPort } from './forward.ts';
 import { askGuestAgent } from './guest-agent.ts';
+import { CONSOLE_LINES, guestReady, Stopping } from '../guest.ts';
 import { adoptProcess, type RunningProcess } from '../process.ts';
 import { qemuWords, startProcess } from './process.ts';
 import { QmpClient, type QmpEvent } from './qmp.ts';
@@ -68,7 +69,6 @@ const POWERDOWN_INTERVAL_MS = 2_000;
 const AGENT_TIMEOUT_MS = 10_000;
 /** How long after the exit QMP's last events may still be on their way. */
 const LAST_EVENTS_MS = 1_000;
-const CONSOLE_LINES = 3;
 
 export interface StartOptions {
   /** Path of the QEMU program. */
@@ -118,8 +118,7 @@ export class QemuMachine implements Machine {
     isMeantToRun: () => this.#state === 'running' || this.#state === 'starting',
     log: (text) => this.#options.log(`${this.#options.description.name}: ${text}`),
   });
-  #stopAsked = false;
-  #stopping: Promise<void> | undefined;
+  readonly #stopping = new Stopping();
 
   private constructor(
     options: Omit<StartOptions, 'program' | 'from'>,
@@ -194,8 +193,10 @@ export class QemuMachine implements Machine {
     const machine = new QemuMachine({ accelerator, description, folder, log }, adoptProcess(pid), facts);
     await machine.#connect();
     const { status } = (await machine.#qmp!.execute('query-status')) as { status: string };
+    const isReady = facts.readyMs !== undefined || description.readyText === undefined;
     if (status !== 'running') machine.#state = 'paused';
-    else if (facts.readyMs !== undefined || description.readyText === undefined) machine.#state = 'running';
+    // One that was resumed says no such line again.
+    else if (isReady || facts.memoryImage !== undefined) machine.#state = 'running';
     else machine.#watchConsole();
     log(`${description.name}: pid ${pid} goes on`);
     return machine;
@@ -213,41 +214,15 @@ export class QemuMachine implements Machine {
     };
   }
 
-  async ready(timeoutMs: number): Promise<void> {
+  ready(timeoutMs: number): Promise<void> {
     const { name, readyText } = this.#options.description;
-    if (this.#readyMs !== undefined) return;
-    if (this.#console === undefined || readyText === undefined) {
-      throw new GridError(
-        'bad-request',
-        `${name} was started without readyText, so nobody can know when it is ready`,
-      );
-    }
-    const outcome = await within(timeoutMs, Promise.race([this.#console.outcome, this.ended]));
-    if (outcome === 'ready' || this.#readyMs !== undefined) return;
-    const words = (await lastWords(this.consoleLog, CONSOLE_LINES)) || 'nothing';
-    if (outcome === undefined) {
-      const text = `${name} did not say "${readyText}" within ${timeoutMs} ms; its console's last words: ${words}`;
-      throw new GridError('timeout', text);
-    }
-    if ('panic' in outcome)
-      throw new GridError('vm-failed', `the kernel of ${name} gave up: ${outcome.panic}`);
-    const why = outcome.reason ?? `it powered down; its console's last words: ${words}`;
-    throw new GridError('vm-failed', `${name} ended before it was ready: ${why}`);
+    const { consoleLog, ended } = this;
+    const guest = { name, readyText, watch: this.#console, consoleLog, ended };
+    return guestReady({ ...guest, isReady: () => this.#readyMs !== undefined }, timeoutMs);
   }
 
   stop(graceMs: number): Promise<void> {
-    if (!Number.isFinite(graceMs) || graceMs < 0) {
-      const text = `graceMs must be a number from 0, not ${graceMs}`;
-      return Promise.reject(new GridError('bad-request', text));
-    }
-    // A second call that is more urgent than the first must not wait for the first one's grace.
-    if (this.#stopping !== undefined && graceMs > 0) return this.#stopping;
-    this.#stopAsked = true;
-    const stopping = this.#stop(graceMs).finally(() => {
-      if (this.#stopping === stopping) this.#stopping = undefined;
-    });
-    this.#stopping = stopping;
-    return stopping;
+    return this.#stopping.stop(graceMs, (ms) => this.#stop(ms));
   }
 
   /** A QMP command, for what the contract has no word for. Throws vm-failed, timeout, closed. */
@@ -445,7 +420,7 @@ export class QemuMachine implements Machine {
     await this.#console?.close();
     this.#diskFull.close();
     this.#log.close();
-    const asked = this.#stopAsked && this.#startedMs !== undefined;
+    const asked = this.#stopping.asked && this.#startedMs !== undefined;
     // Nobody hears an adopted process's status; that the guest powered down is heard by QMP.
     const zero = code === 0 || (code === null && signal === null && this.#shutdown !== undefined);
     const clean = zero && this.#shutdown !== 'host-signal' && this.#startedMs !== undefined;
