@@ -17,6 +17,7 @@ import {
   UPLOAD_CHUNKS_PATH,
   UPLOAD_FIND_PATH,
   UPLOAD_IMAGE_PATH,
+  UPLOAD_REMOVE_PATH,
 } from './upload-protocol.ts';
 import type { Wanted } from './work.ts';
 
@@ -52,6 +53,14 @@ export class UploadClient implements UploadTarget {
     return tag;
   }
 
+  async removeCheckpoint(name: string, version: string): Promise<string[]> {
+    const body = Buffer.from(`${name}:${version}`);
+    const answer = await this.#call({ path: UPLOAD_REMOVE_PATH, bytesMax: ANSWER_BYTES_MAX, body });
+    const removed: unknown = parsedJson(answer);
+    if (Array.isArray(removed) && removed.every((one) => typeof one === 'string')) return removed;
+    throw new GridError('origin-failed', `${this.#source.name} does not say what it removed`);
+  }
+
   async #call(wanted: Wanted): Promise<Buffer> {
     try {
       return await this.#send(wanted);
@@ -62,5 +71,13 @@ export class UploadClient implements UploadTarget {
       }
       throw error;
     }
+  }
+}
+
+function parsedJson(bytes: Buffer): unknown {
+  try {
+    return JSON.parse(bytes.toString('utf8'));
+  } catch {
+    return undefined;
   }
 }

@@ -1,10 +1,11 @@
 /**
- * Uploads on the wire: the bodies of three calls, which only a server that was told to takes, and only from somebody
+ * Uploads on the wire: the bodies of four calls, which only a server that was told to takes, and only from somebody
  * it knows (ssh, stdio, a unix socket).
  *
  *   POST /v1/uploads/find     which chunks are there     → stored bytes of each, 0 for none: u32 each
  *   POST /v1/uploads/chunks   new chunks                 → { stored }
  *   POST /v1/uploads/image    manifest, table and tag    → the tag
+ *   POST /v1/uploads/remove   NAME:VERSION of a checkpoint → the names that were there, as a JSON array
  *
  * Invariants: every length is checked against its bound and the body's before anything is taken from it; nothing may
  * follow the last field; each call is whole or refused, and harmless when it comes twice.
@@ -41,6 +42,7 @@ import type { NewChunk, NewImage } from '../src/core/uploads.ts';
 export const UPLOAD_FIND_PATH = '/v1/uploads/find';
 export const UPLOAD_CHUNKS_PATH = '/v1/uploads/chunks';
 export const UPLOAD_IMAGE_PATH = '/v1/uploads/image';
+export const UPLOAD_REMOVE_PATH = '/v1/uploads/remove';
 
 const MAGIC_FIND = 'GVU1';
 const MAGIC_CHUNKS = 'GVC1';

@@ -1,7 +1,8 @@
 /** The server's side of uploads (upload-protocol.ts). Whether they are allowed is asked before a body is read. */
 import type { FastifyInstance, FastifyRequest } from 'fastify';
 import { GridError } from '../src/core/errors.ts';
-import { encodeTags } from '../src/core/manifest.ts';
+import { encodeTags, parseReference } from '../src/core/manifest.ts';
+import { UPLOAD_TAG_BYTES_MAX } from '../src/core/uploads.ts';
 import type { UploadTarget } from '../src/core/uploads.ts';
 import {
   CHUNKS_BODY_BYTES_MAX,
@@ -14,6 +15,7 @@ import {
   UPLOAD_CHUNKS_PATH,
   UPLOAD_FIND_PATH,
   UPLOAD_IMAGE_PATH,
+  UPLOAD_REMOVE_PATH,
 } from './upload-protocol.ts';
 
 /** `mayUpload`: whether the operator lets whoever is on the request's connection. */
@@ -47,4 +49,8 @@ export function uploadRoutes(
   app.post(UPLOAD_IMAGE_PATH, { bodyLimit: IMAGE_BODY_BYTES_MAX, onRequest }, async (request, reply) =>
     reply.type('application/json').send(encodeTags([await target!.putImage(parseImage(bodyOf(request)))])),
   );
+  app.post(UPLOAD_REMOVE_PATH, { bodyLimit: UPLOAD_TAG_BYTES_MAX, onRequest }, async (request, reply) => {
+    const { name, version } = parseReference(bodyOf(request).toString('utf8'));
+    return reply.type('application/json').send(JSON.stringify(await target!.removeCheckpoint(name, version)));
+  });
 }

@@ -72,6 +72,13 @@ export class Holds {
       .finally(() => (this.#telling = undefined));
   }
 
+  /** Resolves when the source has been told what is needed now, or has not taken it. */
+  async settle(): Promise<void> {
+    await this.#telling;
+    this.look();
+    await this.#telling;
+  }
+
   async #tell(digests: readonly Digest[]): Promise<void> {
     const { source, stateFolder } = this.#parts;
     // Kept before anything is held under it.

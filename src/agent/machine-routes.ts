@@ -13,6 +13,7 @@
  *   POST /v1/vms/:id/limits         IoLimits; what is left out has no bound
  *   POST /v1/vms/:id/checkpoint     { reference, base? } a version in the store behind the proxy; `base`: of its image
  *   POST /v1/vms/resume             { checkpoint, name?, same? } a VM that goes on from a checkpoint in the store
+ *   POST /v1/remove-checkpoint      { checkpoint } → { removed } takes its names away at the store
  *   POST /v1/base-checkpoint        BaseRequest → { checkpoint } from which such a VM need not boot
  */
 import type { FastifyInstance } from 'fastify';
@@ -51,11 +52,13 @@ export interface MachineParts {
   readonly forks: Forks;
   readonly volumes: Volumes;
   readonly spending: Spending;
+  /** See checkpoint-removal.ts. */
+  removeCheckpoint(reference: string): Promise<{ readonly removed: readonly string[] }>;
 }
 
 export function serveMachines(
   app: FastifyInstance,
-  { machines, checkpoints, forks, volumes, spending }: MachineParts,
+  { machines, checkpoints, forks, volumes, spending, removeCheckpoint }: MachineParts,
 ): void {
   const withSpending = async (vm: VmStatus): Promise<VmStatus & { readonly spent?: VmSpending }> => {
     const spent = (await spending.all()).get(vm.id);
@@ -102,6 +105,11 @@ export function serveMachines(
     '/v1/base-checkpoint',
     { schema: { body: body({ image: reference, memoryBytes, vcpus }, ['image']) } },
     async (request) => ({ checkpoint: await forks.findBase(request.body) }),
+  );
+  app.post<{ Body: { checkpoint: string } }>(
+    '/v1/remove-checkpoint',
+    { schema: { body: body({ checkpoint: reference }, ['checkpoint']) } },
+    (request) => removeCheckpoint(request.body.checkpoint),
   );
   app.get<Id>('/v1/vms/:id', { schema: { params } }, async ({ params: { id } }) =>
     withSpending(checkpoints.has(id) ? checkpoints.status(id) : machines.status(id)),

@@ -20,6 +20,7 @@ import {
 } from '../../proxy/index.ts';
 import { Clones } from '../agent/clones.ts';
 import { serveControl } from '../agent/control.ts';
+import { removeCheckpoint } from '../agent/checkpoint-removal.ts';
 import { Holds } from '../agent/holds.ts';
 import { listenMetrics, ProxyMetrics } from '../agent/metrics.ts';
 import type { SourceForMetrics } from '../agent/metrics.ts';
@@ -323,6 +324,13 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
       storeFolder: source instanceof Store ? source.name : undefined,
       resolve,
     });
+    // Of a machine that goes on from a checkpoint, what it has not touched of its memory is nowhere but there.
+    const bases = () => [
+      ...clones.records().flatMap((clone) => (clone.detached === undefined ? [clone.base] : [])),
+      ...machines.records().flatMap(({ memory }) => memory?.image ?? []),
+    ];
+    const holds = new Holds({ source, stateFolder: paths.state, bases, log });
+    stack.defer(() => holds.close());
     const control = await serveControl(controlSocketOf(paths.runtime), {
       clones,
       machines,
@@ -330,6 +338,11 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
       forks,
       volumes,
       spending,
+      removeCheckpoint: (reference) =>
+        removeCheckpoint(
+          { catalog: { resolve }, machines, clones, settle: () => holds.settle(), source },
+          reference,
+        ),
       resolve,
       cloneWork: work,
       cache,
@@ -366,10 +379,6 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
       );
       stack.defer(() => link.close());
     }
-    const bases = () =>
-      clones.records().flatMap((clone) => (clone.detached === undefined ? [clone.base] : []));
-    const holds = new Holds({ source, stateFolder: paths.state, bases, log });
-    stack.defer(() => holds.close());
     await writeRecord(record);
     void mount.ended.then(async ({ reason }) => {
       if (stopping) return; // by us: whoever asked for it goes on when it has its answer

@@ -16,6 +16,7 @@ import {
   IMAGE_FORMATS,
   importImage,
   initStore,
+  namesWithParts,
   openStore,
   verifyStore,
 } from '../store/index.ts';
@@ -381,17 +382,21 @@ export function storeVerbs(): Command {
       }),
   );
   group.addCommand(
-    verb('rm', 'Remove a name. What nothing else needs goes with the next gc.', [
-      'gridvfs store rm /srv/store debian:11',
-    ])
+    verb(
+      'rm',
+      'Remove a name; of a checkpoint, those of its disk and its devices too. What nothing else needs goes with the next gc.',
+      ['gridvfs store rm /srv/store debian:11', 'gridvfs store rm /srv/store web:warm'],
+    )
       .argument('<store>')
       .argument('<image>', 'name:version')
       .addOption(jsonOption())
       .action(async (folder: string, image: string, options: Json) => {
         const { name, version } = parseReference(image);
         const store = await openStore(folder);
-        await store.removeTag(name, version);
-        show(options, { removed: `${name}:${version}` }, () => `removed ${name}:${version}`);
+        const { tags } = await namesWithParts(store, `${name}:${version}`);
+        await store.removeTags(tags);
+        const [removed, ...parts] = tags.map((tag) => `${tag.name}:${tag.version}`);
+        show(options, { removed, parts }, () => `removed ${[removed, ...parts].join(', ')}`);
       }),
   );
   for (const more of [pinVerb(), unpinVerb(), holdsVerb(), verifyVerb(), gcVerb()]) group.addCommand(more);

@@ -91,6 +91,7 @@ export async function runFrom(
 interface CheckpointOptions extends Options {
   to?: string;
   base?: string;
+  remove?: string;
   memory?: number;
   vcpus?: number;
 }
@@ -190,17 +191,26 @@ export function checkpointVerbs(): Command[] {
           'gridvfs vm run --from-checkpoint web:warm',
           'gridvfs vm checkpoint --base debian:12       # boots it, publishes debian.base:12, ends it',
           'gridvfs vm run debian:12 --from-checkpoint   # goes on from there where it fits, and boots where not',
+          'gridvfs vm checkpoint --remove web:warm      # refused while a VM or a clone goes on from it',
         ],
       ),
     )
       .argument('[vm]')
       .option('--to <name:version>', 'what to call it')
       .option('--base <image>', 'boot this image and publish it as it is when its guest is ready')
+      .option('--remove <name:version>', 'take a checkpoint’s names away; the store’s next gc takes the rest')
       .option('--memory <size>', 'with --base: memory; the image’s own default, else 512M', parseBytes)
       .option('--vcpus <count>', 'with --base: virtual processors (default: 1)', parseCount)
       .addOption(jsonOption())
       .action(async (vm: string | undefined, options: CheckpointOptions) => {
         const { client } = await findProxy(options.proxy);
+        if (options.remove !== undefined) {
+          if (vm !== undefined || options.to !== undefined || options.base !== undefined)
+            throw new GridError('bad-request', '--remove goes with nothing else');
+          const request = { checkpoint: options.remove };
+          const gone = await client.call<{ removed: string[] }>('POST', '/v1/remove-checkpoint', request);
+          return show(options, gone, () => `removed ${gone.removed.join(', ')}`);
+        }
         const { to, made } = await checkpoint(client, vm, options);
         show(options, made, () =>
           [

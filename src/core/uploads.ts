@@ -55,6 +55,13 @@ export interface UploadTarget {
    * nothing is changed), exists (the tag does not point at what was expected), bad-request, bad-format, denied.
    */
   putImage(image: NewImage): Promise<Tag>;
+
+  /**
+   * Takes the names of a checkpoint and of its parts (NAME.PART:VERSION) away; what nothing else needs goes with the
+   * next garbage collection. Resolves with the names that were there. Throws bad-request (it is no checkpoint), in-use
+   * (some host holds it), denied.
+   */
+  removeCheckpoint(name: string, version: string): Promise<string[]>;
 }
 
 /** Plain bytes that one process has in hand of an upload: read, hashed, being compressed or sent. */

@@ -1,4 +1,5 @@
 /** The store's public face: what the command line, servers and tests use. */
+export { namesWithParts } from './checkpoints.ts';
 export { commitImage } from './commit.ts';
 export type { CommitOptions, CommitResult } from './commit.ts';
 export { EXPORT_FORMATS, exportImage } from './export.ts';

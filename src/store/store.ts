@@ -220,6 +220,15 @@ export class Store implements ChunkSource {
     });
   }
 
+  /** Takes those away that still point at what these do. */
+  async removeTags(gone: readonly Tag[]): Promise<void> {
+    const isGone = ({ name, version, manifest }: Tag) =>
+      gone.some((one) => one.name === name && one.version === version && one.manifest === manifest);
+    await withStoreLock(this.layout, async () =>
+      this.#writeTags((await this.listTags()).filter((tag) => !isGone(tag))),
+    );
+  }
+
   #writeTags(tags: readonly Tag[]): void {
     try {
       replaceFile(this.layout, this.layout.tags, encodeTags(tags));

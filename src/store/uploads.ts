@@ -6,6 +6,7 @@
  * What came and belongs to no image yet is garbage that is young: a collection leaves it alone for its grace time
  * (gc.ts). Should it not, the image is refused with not-found, and whoever sends it sends what is missing again.
  */
+import { removeCheckpoint } from './checkpoints.ts';
 import { stat } from 'node:fs/promises';
 import { isDigest, sha256 } from '../core/bytes.ts';
 import type { Digest } from '../core/bytes.ts';
@@ -31,6 +32,7 @@ export function storeUploads(store: Store): UploadTarget {
     findChunks: (digests) => findChunks(store, digests),
     putChunks: (chunks) => putChunks(store, chunks),
     putImage: (image) => putImage(store, image),
+    removeCheckpoint: (name, version) => removeCheckpoint(store, name, version),
   };
 }
 

@@ -40,6 +40,7 @@ before(async () => {
         if (fault === 'after') throw failure;
         return tag;
       },
+      removeCheckpoint: (name, version) => store.uploads.removeCheckpoint(name, version),
     },
   };
 });

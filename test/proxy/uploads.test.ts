@@ -173,6 +173,7 @@ test('a tunnel that is cut in the middle of every call only delays an upload', a
         findChunks: (digests) => source.uploads.findChunks(digests),
         putChunks: cutOnTheWay,
         putImage: (image) => source.uploads.putImage(image),
+        removeCheckpoint: (name, version) => source.uploads.removeCheckpoint(name, version),
       },
     };
     const result = await uploadImage(cutting, options);

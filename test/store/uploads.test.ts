@@ -204,3 +204,35 @@ test('a larger disk over a last chunk that was short; nothing new makes nothing;
   assert.deepEqual(await store.listTags(), tags);
   assertNothingTemporary(store);
 });
+
+test('a checkpoint’s names go with those of its parts, unless a host needs it or they mean something else by now', async () => {
+  const store = await newStore(folder);
+  const { uploads } = store;
+  await uploads.putChunks([A, B]);
+  const put = async (name: string, image: ReturnType<typeof imageOf>) => {
+    await uploads.putImage({ ...image, name });
+    return image.digest;
+  };
+  const disk = await put('web.disk', imageOf([A, undefined]));
+  const state = await put('web.state', imageOf([B], { kind: 'state' }));
+  const memory = { kind: 'memory', parts: { disk, state } } as const;
+  await put('web', imageOf([B, A], memory));
+  await put('web.other', imageOf([A]));
+  const names = async () => (await store.listTags()).map(({ name }) => name).toSorted();
+
+  await failsWith(uploads.removeCheckpoint('web.disk', '1'), 'bad-request');
+  await failsWith(uploads.removeCheckpoint('../web', '1'), 'bad-request');
+  await store.hold('host-a', [disk]);
+  await assert.rejects(uploads.removeCheckpoint('web', '1'), {
+    code: 'in-use',
+    message: /host-a lie on web:1/,
+  });
+  assert.deepEqual(await names(), ['web', 'web.disk', 'web.other', 'web.state']);
+  await store.hold('host-a', []);
+  const moved = await put('web.state', imageOf([A, A], { kind: 'state' }));
+  assert.deepEqual((await uploads.removeCheckpoint('web', '1')).toSorted(), ['web.disk:1', 'web:1']);
+  assert.deepEqual(await uploads.removeCheckpoint('web', '1'), [], 'the answer to the first was lost');
+  assert.deepEqual(await names(), ['web.other', 'web.state']);
+  assert.equal((await store.resolve('web.state:1')).manifest, moved);
+  await assertSound(store);
+});
