@@ -429,6 +429,13 @@ export class Checkpoints {
 
   async #checkSeals(id: string, checkpoint: LocalCheckpoint): Promise<void> {
     const { diskSeal, memorySeal, vm, memoryClone } = checkpoint.facts.local;
+    const { memoryBytes } = checkpoint.facts.description;
+    const { sizeBytes } = this.#clones.get(memoryClone);
+    if (sizeBytes !== memoryBytes)
+      throw new GridError(
+        'bad-format',
+        `the memory of VM '${id}' has ${sizeBytes} bytes, not ${memoryBytes}`,
+      );
     const { base } = this.#clones.get(vm.clone);
     if (base !== checkpoint.facts.base) {
       throw new GridError(

@@ -53,7 +53,7 @@ export interface MachineParts {
   readonly volumes: Volumes;
   readonly spending: Spending;
   /** See checkpoint-removal.ts. */
-  removeCheckpoint(reference: string): Promise<{ readonly removed: readonly string[] }>;
+  readonly removeCheckpoint: (reference: string) => Promise<{ readonly removed: readonly string[] }>;
 }
 
 export function serveMachines(
