@@ -4,7 +4,7 @@ import { randomUUID } from 'node:crypto';
 import { Option } from 'commander';
 import type { Command } from 'commander';
 import type { BrokerClient } from '../agent/broker-client.ts';
-import { POLICIES, ROLES } from '../broker/index.ts';
+import { ROLES } from '../broker/index.ts';
 import type {
   Answer,
   Explanation,
@@ -22,7 +22,9 @@ import type { Connection } from './broker-kit.ts';
 import { networkVerbs } from './broker-networks.ts';
 import { runVerb } from './broker-run.ts';
 import { vmVerbs } from './broker-vms.ts';
-import { bytesText, collect, parseBytes, parseCount, parseDuration, show, table, verb } from './kit.ts';
+import { bytesText, parseDuration, show, table, verb } from './kit.ts';
+import { machineRequest, withMachines } from './machine-options.ts';
+import type { MachineOptions } from './machine-options.ts';
 
 function hostsVerb(): Command {
   return withBroker(
@@ -74,62 +76,24 @@ function vmVerb(): Command {
     });
 }
 
-interface RequestOptions extends Connection {
-  count?: number;
-  name?: string;
-  os?: string;
-  kernel?: string;
-  library?: string[];
-  label?: string[];
-  memory?: number;
-  vcpus?: number;
-  network?: string;
-  policy?: VmRequest['policy'];
-  restart?: boolean;
+interface RequestOptions extends Connection, MachineOptions {
   checkpointEvery?: number;
   explain?: boolean;
   wait: boolean;
   timeout: number;
 }
 
-/** "libc>=2.36" or "libc=2.36" → name and range. */
-export function ranges(texts: readonly string[] = []): Record<string, string> {
-  return Object.fromEntries(
-    texts.map((text) => {
-      const match = /^([A-Za-z0-9][A-Za-z0-9._+-]*?)\s*(=|(?=[<>]))(.+)$/.exec(text);
-      if (!match)
-        throw new GridError(
-          'bad-request',
-          `'${text}' is no label with a range; write libc>=2.36 or os=debian`,
-        );
-      return [match[1]!, match[3]!.trim()];
-    }),
-  );
-}
-
 function requestVerb(): Command {
-  return withBroker(
-    verb('request', 'Ask for VMs, and wait until their guests answer.', [
-      'gridvfs broker request debian:12 --count 4 --memory 1G',
-      "gridvfs broker request --os debian --kernel '>=6.1 <7' --library 'libc>=2.36' --restart",
-      'gridvfs broker request debian --explain',
-    ]),
-  )
-    .argument('[image]', 'name or name:version; any that fits when left out')
-    .option('--count <number>', 'how many', parseCount)
-    .option('--name <name>', 'what they are called, with a number each when there are several')
-    .option('--os <range>', 'label os')
-    .option('--kernel <range>', 'label kernel, e.g. ">=6.1 <7"')
-    .option('--library <range>', 'label library.NAME, e.g. "libc>=2.36" (may be given again)', collect)
-    .option('--label <range>', 'any other label (may be given again)', collect)
-    .option('--memory <size>', 'memory of each (default: 512M)', parseBytes)
-    .option('--vcpus <count>', 'virtual processors of each', parseCount)
-    .option('--network <name>', 'on hosts of this network only')
-    .addOption(new Option('--policy <which>', 'how hosts are chosen (default: warm)').choices(POLICIES))
-    .option(
-      '--restart',
-      'start them again, from their last checkpoint if there is one, when their host falls silent',
-    )
+  const command = verb('request', 'Ask for VMs, and wait until their guests answer.', [
+    'gridvfs broker request debian:12 --count 4 --memory 1G',
+    "gridvfs broker request --os debian --kernel '>=6.1 <7' --library 'libc>=2.36' --restart",
+    'gridvfs broker request debian --explain',
+  ]);
+  return withMachines(withBroker(command), {
+    name: 'what they are called, with a number each when there are several',
+    network: 'on hosts of this network only',
+    restart: 'start them again, from their last checkpoint if there is one, when their host falls silent',
+  })
     .option(
       '--checkpoint-every <duration>',
       'make a checkpoint this often, for --restart to go on from (10s or more)',
@@ -140,18 +104,7 @@ function requestVerb(): Command {
     .option('--timeout <duration>', 'how long to wait', parseDuration, 600_000)
     .action(async (image: string | undefined, options: RequestOptions) => {
       const request: VmRequest = {
-        ...(image === undefined ? {} : { image }),
-        ...(options.count === undefined ? {} : { count: options.count }),
-        ...(options.name === undefined ? {} : { name: options.name }),
-        ...(options.os === undefined ? {} : { os: options.os }),
-        ...(options.kernel === undefined ? {} : { kernel: options.kernel }),
-        ...(options.library === undefined ? {} : { libraries: ranges(options.library) }),
-        ...(options.label === undefined ? {} : { labels: ranges(options.label) }),
-        ...(options.memory === undefined ? {} : { memoryBytes: options.memory }),
-        ...(options.vcpus === undefined ? {} : { vcpus: options.vcpus }),
-        ...(options.network === undefined ? {} : { network: options.network }),
-        ...(options.policy === undefined ? {} : { policy: options.policy }),
-        ...(options.restart === undefined ? {} : { restart: options.restart }),
+        ...machineRequest(image, options),
         ...(options.checkpointEvery === undefined ? {} : { checkpointEveryMs: options.checkpointEvery }),
       };
       await withClient(options, async (client) => {

@@ -1,13 +1,10 @@
 /** gridvfs workspace: machines that are asked for, looked at, suspended, moved and ended together. */
 import { randomUUID } from 'node:crypto';
 import { setTimeout as sleep } from 'node:timers/promises';
-import { Option } from 'commander';
 import type { Command } from 'commander';
 import type { BrokerClient } from '../agent/broker-client.ts';
-import { POLICIES } from '../broker/index.ts';
 import type { QuotaInfo, VolumeUse, WorkspaceInfo, WorkspaceRequest } from '../broker/index.ts';
 import { GridError } from '../core/errors.ts';
-import { ranges } from './broker.ts';
 import { withBroker, withClient } from './broker-kit.ts';
 import type { Connection } from './broker-kit.ts';
 import {
@@ -22,6 +19,8 @@ import {
   table,
   verb,
 } from './kit.ts';
+import { machineRequest, withMachines } from './machine-options.ts';
+import type { MachineOptions } from './machine-options.ts';
 import { keysIn, textOf } from './seed.ts';
 import { sshVerbs } from './workspace-ssh.ts';
 
@@ -132,18 +131,7 @@ function withWaiting(command: Command): Command {
     .option('--timeout <duration>', 'how long to wait', parseDuration, 600_000);
 }
 
-interface RequestOptions extends Waiting {
-  count?: number;
-  name?: string;
-  os?: string;
-  kernel?: string;
-  library?: string[];
-  label?: string[];
-  memory?: number;
-  vcpus?: number;
-  network?: string;
-  policy?: WorkspaceRequest['policy'];
-  restart?: boolean;
+interface RequestOptions extends Waiting, MachineOptions {
   lifetime?: number;
   volume?: string[];
   sshKey?: string[];
@@ -160,51 +148,33 @@ function volumeUse(text: string): VolumeUse {
 }
 
 function requestVerb(): Command {
-  return withWaiting(
-    verb('request', 'Ask for machines together, and wait until their guests answer and a command is over.', [
+  const command = verb(
+    'request',
+    'Ask for machines together, and wait until their guests answer and a command is over.',
+    [
       'gridvfs workspace request debian:12 --name lab --count 4 --memory 1G --network lab --lifetime 8h',
       'gridvfs workspace request debian:12 --name work --volume home --volume ada/tables:ro',
-    ]),
-  )
-    .argument('[image]', 'name or name:version; any that fits when left out')
-    .option('--name <name>', 'of the workspace; its machines are named after it')
-    .option('--count <number>', 'how many machines', parseCount)
-    .option('--network <name>', 'a virtual network of yours that they are on, made when it is not there')
+    ],
+  );
+  return withMachines(withWaiting(command), {
+    name: 'of the workspace; its machines are named after it',
+    network: 'a virtual network of yours that they are on, made when it is not there',
+    restart: 'place them again when their host falls silent',
+  })
     .option('--lifetime <duration>', 'ended after this', parseDuration)
     .option('--volume <name[:ro]>', 'a data volume; :ro as it was saved last (may be given again)', collect)
     .option('--ssh-key <file>', 'public key that lets one in, by the seed (may be given again)', collect)
     .option('--user-data <file>', 'cloud-init’s user-data, by the seed')
     .option('--command <text>', 'a shell command that is run in each guest when it has booted')
-    .option('--os <range>', 'label os')
-    .option('--kernel <range>', 'label kernel, e.g. ">=6.1 <7"')
-    .option('--library <range>', 'label library.NAME, e.g. "libc>=2.36" (may be given again)', collect)
-    .option('--label <range>', 'any other label (may be given again)', collect)
-    .option('--memory <size>', 'memory of each (default: 512M)', parseBytes)
-    .option('--vcpus <count>', 'virtual processors of each', parseCount)
-    .addOption(new Option('--policy <which>', 'how hosts are chosen (default: warm)').choices(POLICIES))
-    .option('--restart', 'place them again when their host falls silent')
     .action(async (image: string | undefined, options: RequestOptions) => {
-      const { count, name, network, lifetime, os, kernel, library, label, memory, vcpus, policy, restart } =
-        options;
-      const { volume, sshKey, userData, command } = options;
+      const { lifetime, volume, sshKey, userData, command: shell } = options;
       const request: WorkspaceRequest = {
-        ...(image === undefined ? {} : { image }),
-        ...(count === undefined ? {} : { count }),
-        ...(name === undefined ? {} : { name }),
-        ...(network === undefined ? {} : { network }),
+        ...machineRequest(image, options),
         ...(lifetime === undefined ? {} : { lifetimeMs: lifetime }),
-        ...(os === undefined ? {} : { os }),
-        ...(kernel === undefined ? {} : { kernel }),
-        ...(library === undefined ? {} : { libraries: ranges(library) }),
-        ...(label === undefined ? {} : { labels: ranges(label) }),
-        ...(memory === undefined ? {} : { memoryBytes: memory }),
-        ...(vcpus === undefined ? {} : { vcpus }),
-        ...(policy === undefined ? {} : { policy }),
-        ...(restart === undefined ? {} : { restart }),
         ...(volume === undefined ? {} : { volumes: volume.map(volumeUse) }),
         ...(sshKey === undefined ? {} : { sshKeys: (await Promise.all(sshKey.map(textOf))).flatMap(keysIn) }),
         ...(userData === undefined ? {} : { userData: await textOf(userData) }),
-        ...(command === undefined ? {} : { command }),
+        ...(shell === undefined ? {} : { command: shell }),
       };
       await withClient(options, async (client) => {
         const made = await client.call<WorkspaceInfo>('POST', '/v1/workspaces', request, {
