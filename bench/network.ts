@@ -1,13 +1,13 @@
 /**
  * Virtual networks: what the switch carries, in megabits a second, in one run, interleaved, medians.
  *
- * processes: two programs that speak QEMU's format, through one host's switch, and through two hosts' switches and a
- *   channel of an ssh tunnel between them. Hosts and programs are processes of their own.
- * guests: two small guests (emulated) that have three network devices each: QEMU's own socket netdev between them,
- *   one host's switch, two hosts' switches with the tunnel. What is measured is `dd | nc` from one guest to the other;
- *   `ratio` is to QEMU's own netdev with the same frame size in the same run.
+ * processes: two programs that speak QEMU's format, through one host's switch, and through two hosts' switches with a
+ *   channel of an ssh tunnel, or a broker that both reach by TLS, between them. All of these are processes of their own.
+ * guests: two small guests (emulated) that have a network device for each of these, and one more for QEMU's own socket
+ *   netdev between them. What is measured is `dd | nc` from one guest to the other; `ratio` is to QEMU's own netdev with
+ *   the same frame size in the same run.
  */
-import { spawn } from 'node:child_process';
+import { spawn, spawnSync } from 'node:child_process';
 import type { ChildProcess } from 'node:child_process';
 import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import net from 'node:net';
@@ -55,11 +55,27 @@ const start = async (role: string, name: string) => {
 };
 const tell = (service: Service, command: object) => service.ask(JSON.stringify(command));
 
-/** Two hosts and the tunnel between them for network `far`. */
+/** What lies between two machines, by network. */
+const WAYS = [
+  ['near', 'one switch'],
+  ['far', 'two switches, ssh tunnel'],
+  ['star', 'two switches, broker by TLS'],
+] as const;
+
+/** Two hosts, with a tunnel between them for network `far` and a broker in the middle for `star`. */
 async function startHosts(): Promise<[Service, Service]> {
   const [one, two] = [await start('host', 'one'), await start('host', 'two')];
   const { port } = await tell(two, { listen: true });
   await tell(one, { connect: { port, network: 'far' } });
+  const [key, cert] = [at('broker.key'), at('broker.crt')];
+  const made = spawnSync('openssl', [
+    ...['req', '-x509', '-nodes', '-days', '2', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:prime256v1'],
+    ...['-subj', '/CN=broker', '-addext', 'subjectAltName=IP:127.0.0.1', '-keyout', key, '-out', cert],
+  ]);
+  if (made.status !== 0) throw new Error(`openssl: ${String(made.stderr)}`);
+  const broker = await start('broker', 'broker');
+  const served = await tell(broker, { serve: { network: 'star', key, cert } });
+  for (const host of [one, two]) await tell(host, { reach: { port: served['port'], network: 'star', cert } });
   return [one, two];
 }
 
@@ -67,10 +83,8 @@ const MACS = ['52:54:00:00:00:01', '52:54:00:00:00:02'] as const;
 
 async function processes(one: Service, two: Service): Promise<Row[]> {
   const subjects: { name: string; source: Service; sink: Service }[] = [];
-  for (const [network, name, other] of [
-    ['near', 'one switch', one],
-    ['far', 'two switches, ssh tunnel', two],
-  ] as const) {
+  for (const [network, name] of WAYS) {
+    const other = network === 'near' ? one : two;
     const [source, sink] = [at(`${network}-a`), at(`${network}-b`)];
     const pair = { name, source: await start('machine', source), sink: await start('machine', sink) };
     await tell(one, { plug: { network, machine: 'source', socket: source } });
@@ -179,27 +193,23 @@ async function guests(one: Service, two: Service): Promise<Row[]> {
     `socket,listen=127.0.0.1:${port}`,
     `socket,connect=127.0.0.1:${port}`,
   ].entries()) {
-    consoles.push(
-      await startGuest(guest, index, [own, stream(`near-guest-${index}`), stream(`far-guest-${index}`)]),
-    );
-    await tell(one, {
-      plug: { network: 'near', machine: `guest-${index}`, socket: at(`near-guest-${index}`) },
-    });
-    const host = index === 0 ? one : two;
-    await tell(host, {
-      plug: { network: 'far', machine: `guest-${index}`, socket: at(`far-guest-${index}`) },
-    });
+    const ways = WAYS.map(([network]) => [network, `${network}-guest-${index}`] as const);
+    consoles.push(await startGuest(guest, index, [own, ...ways.map(([, name]) => stream(name))]));
+    for (const [network, name] of ways) {
+      const host = network === 'near' || index === 0 ? one : two;
+      await tell(host, { plug: { network, machine: `guest-${index}`, socket: at(name) } });
+    }
   }
   const [near, far] = consoles as [Console, Console];
   for (const [index, console] of consoles.entries()) {
     await console.seen(guest.readyText, 120_000);
     await sleep(2_000); // its network modules come after that line
     await console.run('killall udhcpc; true');
-    for (const at of [0, 1, 2]) {
+    for (const at of [0, ...WAYS.keys().map((way) => way + 1)]) {
       await console.run(`ifconfig eth${at} 10.9.${at}.${index + 1} netmask 255.255.255.0 up`);
     }
   }
-  const subjects = ['QEMU socket netdev', 'one switch', 'two switches, ssh tunnel'];
+  const subjects = ['QEMU socket netdev', ...WAYS.map(([, subject]) => subject)];
   const measured = new Map<string, number[]>();
   for (let run = 0; run < runs; run++) {
     for (const mtu of [1500, 9000]) {
@@ -207,7 +217,7 @@ async function guests(one: Service, two: Service): Promise<Row[]> {
         for (const console of consoles) await console.run(`ifconfig eth${at} mtu ${mtu}`);
         await far.run('(nc -l -p 5000 < /dev/null > /dev/null &)');
         await sleep(300);
-        const megabytes = 24;
+        const megabytes = 96;
         const startMs = performance.now();
         await near.run(
           `dd if=/dev/zero bs=64k count=${megabytes * 16} 2>/dev/null | nc 10.9.${at}.2 5000`,

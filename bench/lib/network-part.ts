@@ -1,11 +1,15 @@
 /**
  * The programs of `bench/network.ts`, each a process of its own, told what to do by lines of JSON on standard input:
- *   host    a host's networks: {"plug":{network,machine,socket}}, {"listen":true} → port, {"connect":{port,network}}
+ *   host    a host's networks: {"plug":{network,machine,socket}}, {"listen":true} → port, {"connect":{port,network}};
+ *           {"reach":{port,network,cert}} connects to a broker
+ *   broker  the middle of a star for one network, by TLS: {"serve":{network,key,cert}} → port
  *   machine a machine that speaks QEMU's format on a socket: {"say":mac}, {"send":{to,from,seconds,frameBytes}}, {"count":true}
  */
+import { readFileSync } from 'node:fs';
 import net from 'node:net';
 import { createInterface } from 'node:readline';
 import type { Duplex } from 'node:stream';
+import tls from 'node:tls';
 import ssh2 from 'ssh2';
 import { Networks } from '../../src/network/index.ts';
 import { withPrefix } from '../../src/network/frames.ts';
@@ -14,6 +18,8 @@ interface Command {
   readonly plug?: { network: string; machine: string; socket: string };
   readonly listen?: true;
   readonly connect?: { port: number; network: string };
+  readonly serve?: { network: string; key: string; cert: string };
+  readonly reach?: { port: number; network: string; cert: string };
   readonly say?: string;
   readonly send?: { to: string; from: string; seconds: number; frameBytes: number };
   readonly count?: true;
@@ -21,9 +27,22 @@ interface Command {
 
 const [role = '', name = ''] = process.argv.slice(2);
 
+function broker(): (command: Command) => Promise<unknown> {
+  const networks = new Networks(name, (line) => process.stderr.write(line + '\n'), { relay: true });
+  return async ({ serve }) => {
+    if (!serve) return {};
+    const { network, key, cert } = serve;
+    const server = tls.createServer({ key: readFileSync(key), cert: readFileSync(cert) }, (socket) => {
+      networks.join(network, socket).catch((error: unknown) => process.stderr.write(`${String(error)}\n`));
+    });
+    await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve));
+    return { port: (server.address() as net.AddressInfo).port };
+  };
+}
+
 function host(): (command: Command) => Promise<unknown> {
   const networks = new Networks(name, (line) => process.stderr.write(line + '\n'));
-  return async ({ plug, listen, connect }) => {
+  return async ({ plug, listen, connect, reach }) => {
     if (plug) networks.plugIn(plug.network, plug.machine, plug.socket);
     if (listen) {
       const key = ssh2.utils.generateKeyPairSync('ed25519');
@@ -51,6 +70,12 @@ function host(): (command: Command) => Promise<unknown> {
         client.exec(connect.network, (error, made) => (error ? reject(error) : resolve(made))),
       );
       return { joined: await networks.join(connect.network, channel) };
+    }
+    if (reach) {
+      const { port, network, cert } = reach;
+      const socket = tls.connect({ host: '127.0.0.1', port, ca: readFileSync(cert) });
+      await new Promise((resolve, reject) => socket.once('secureConnect', resolve).once('error', reject));
+      return { joined: await networks.join(network, socket) };
     }
     return {};
   };
@@ -89,7 +114,7 @@ async function machine(): Promise<(command: Command) => Promise<unknown>> {
   };
 }
 
-const answer = role === 'host' ? host() : await machine();
+const answer = role === 'host' ? host() : role === 'broker' ? broker() : await machine();
 process.stdout.write('{"ready":true}\n');
 for await (const line of createInterface({ input: process.stdin })) {
   process.stdout.write(JSON.stringify(await answer(JSON.parse(line) as Command)) + '\n');
