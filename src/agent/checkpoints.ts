@@ -26,7 +26,6 @@ import { syncFolder } from './clone-record.ts';
 import type { CloneRecord } from './clone-record.ts';
 import type { Clones } from './clones.ts';
 import { resumeMachine } from './forks.ts';
-
 import type { MachineCatalog } from './machine-parts.ts';
 import type { Machines } from './machines.ts';
 import { contentSeal, quickSeal } from './seals.ts';
@@ -160,6 +159,11 @@ export class Checkpoints {
     if (vm.machine.status().state === 'starting' && vm.record.readyText !== undefined) {
       throw new GridError('in-use', `VM '${id}' is still booting; suspend it when its guest is ready`);
     }
+    if (vm.machine.description.kind === 'container')
+      throw new GridError(
+        'unsupported',
+        `VM '${id}' is a container, which cannot be suspended; stop it instead`,
+      );
     vm.busy = 'suspended';
     const state = this.#fileOf(`.${id}.state`);
     const { record } = vm;

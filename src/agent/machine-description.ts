@@ -86,7 +86,8 @@ export function describeMachine(
     memoryBytes: request.memoryBytes ?? (memoryLabel > 0 ? memoryLabel * MIB : MEMORY_BYTES_DEFAULT),
     disks: [{ path: disk, format: 'raw' as const, readOnly: false }],
     ...newIdentity(),
-    network: request.network ?? ('user' as const),
+    ...(request.vmm === 'container' ? { kind: 'container' as const } : {}),
+    network: request.network ?? (request.vmm === 'container' ? ('none' as const) : ('user' as const)),
     ...(request.segments === undefined ? {} : { segments: request.segments }),
     ...(readyText === undefined ? {} : { readyText }),
     ...(request.limits === undefined ? {} : { limits: request.limits }),
@@ -106,7 +107,7 @@ function withBoot(
   parts: Manifest['parts'],
   partsFolder: string,
 ): MachineDescription {
-  if (!('kernel' in parts)) return description;
+  if (!('kernel' in parts) || description.kind === 'container') return description;
   return { ...description, boot: bootOf(parts, partsFolder, commandLineOf(request, labels)) };
 }
 

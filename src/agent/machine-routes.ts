@@ -73,6 +73,7 @@ export function serveMachines(
           image: reference,
           clone: name,
           name,
+          vmm: { enum: ['qemu', 'container'] },
           memoryBytes,
           vcpus,
           network: {

@@ -18,6 +18,8 @@ export interface RunRequest {
   /** … a clone that is there already; it stays when the VM goes if it is persistent or full. */
   readonly clone?: string;
   readonly name?: string;
+  /** 'qemu' when left out. A container has the host's kernel and no network, and is never suspended. */
+  readonly vmm?: 'qemu' | 'container';
   readonly memoryBytes?: number;
   readonly vcpus?: number;
   readonly network?: MachineDescription['network'];

@@ -12,7 +12,7 @@ import { ControlClient } from '../agent/client.ts';
 import type { ErrorCode } from '../core/errors.ts';
 import { GridError } from '../core/errors.ts';
 import { checkMountpoint, cleanDeadMount, describeMount, resolveMountpoint } from '../frontend/fuse/index.ts';
-import { createQemu } from '../vmm/index.ts';
+import { createMachines } from '../vmm/index.ts';
 import { jsonOption, show, verb } from './kit.ts';
 import { addProxyOptions, proxyArguments, resolveProxy } from './proxy-options.ts';
 import type { ProxyOptions } from './proxy-options.ts';
@@ -151,7 +151,7 @@ async function isShutDown(record: ProxyRecord, force: boolean): Promise<boolean>
 
 /** What a proxy leaves that was killed together with its holder: VMs that have lost their disks, and the folder. */
 async function cleanUpAfter({ runtime }: ProxyRecord): Promise<void> {
-  const vmm = createQemu({ accelerator: 'auto', log: () => undefined });
+  const vmm = createMachines({ accelerator: 'auto', log: () => undefined });
   const folder = path.join(runtime, 'vms');
   for (const id of await readdir(folder).catch(() => [])) await vmm.endLost(path.join(folder, id));
   await rm(runtime, { recursive: true, force: true });

@@ -22,7 +22,7 @@ import type { ChunkSource } from '../core/source.ts';
 import { changedUnits, changedUnitsOf } from '../image/index.ts';
 import type { Snapshot } from '../image/index.ts';
 import { uploadImage, uploadVersion } from '../store/index.ts';
-import { Cgroups, createQemu } from '../vmm/index.ts';
+import { Cgroups, createMachines } from '../vmm/index.ts';
 import type { Disk } from './clone-parts.ts';
 import { nearParents } from './clone-push.ts';
 import type { ProxyPaths } from './paths.ts';
@@ -61,7 +61,7 @@ export async function machineWork(parts: MachineParts): Promise<MachineWork> {
   const { cache, clones, source, mountpoint, paths, log } = parts;
   const groups = parts.cgroup === undefined ? undefined : await Cgroups.open(parts.cgroup);
   await groups?.place('proxy', process.pid);
-  const vmm = createQemu({ accelerator: parts.accelerator, log });
+  const vmm = createMachines({ accelerator: parts.accelerator, log });
   const catalog: MachineCatalog = {
     resolve: parts.resolve,
     async manifestOf(digest) {

@@ -2,6 +2,7 @@
  * vm-checkpoint.ts. */
 import { closeSync, fstatSync, openSync, readSync } from 'node:fs';
 import { stripVTControlCharacters } from 'node:util';
+import { Option } from 'commander';
 import type { Command } from 'commander';
 import type { BaseRequest } from '../agent/base-checkpoints.ts';
 import type { ControlClient } from '../agent/client.ts';
@@ -30,6 +31,7 @@ function runVerb(): Command {
       'gridvfs vm run debian:12 --memory 1G --vcpus 2 --name web',
       'gridvfs vm run --clone work        # a clone of your own: a persistent one stays when the VM goes',
       'gridvfs vm run --from-checkpoint web:warm --count 8',
+      'gridvfs vm run --vmm container debian:12   # its root file system under this host’s kernel',
     ]),
   )
     .argument('[image]', 'name:version')
@@ -40,6 +42,14 @@ function runVerb(): Command {
     )
     .option('--count <count>', 'so many VMs at once, named NAME-1, NAME-2, …', parseCount)
     .option('--name <name>', "the VM's name; made up when left out")
+    .addOption(
+      new Option(
+        '--vmm <kind>',
+        'what runs it; a container (systemd-nspawn, root) has no network and no memory of its own',
+      )
+        .choices(['qemu', 'container'])
+        .default('qemu'),
+    )
     .option('--memory <size>', 'memory; the image’s own default, else 512M', parseBytes)
     .option('--vcpus <count>', 'virtual processors (default: 1)', parseCount)
     .option('--no-network', 'no network device')
@@ -66,6 +76,7 @@ function runVerb(): Command {
           fromCheckpoint?: string | true;
           count?: number;
           name?: string;
+          vmm: 'qemu' | 'container';
           memory?: number;
           vcpus?: number;
           network: boolean;
@@ -94,6 +105,8 @@ function runVerb(): Command {
             'name an image, a clone with --clone, or a checkpoint with --from-checkpoint (one of the three)',
           );
         }
+        const isContainer = options.vmm === 'container';
+        if (isContainer) checkContainer(options);
         const { client } = await findProxy(options.proxy);
         if (typeof fromCheckpoint === 'string') return runFrom(client, fromCheckpoint, options);
         const request: RunRequest = {
@@ -104,8 +117,13 @@ function runVerb(): Command {
           ...(options.vcpus === undefined ? {} : { vcpus: options.vcpus }),
           ...(options.append === undefined ? {} : { commandLine: options.append }),
           ...(options.readyText === undefined ? {} : { readyText: options.readyText }),
+          ...(isContainer ? { vmm: 'container' as const } : {}),
           network:
-            options.bridge !== undefined ? { bridge: options.bridge } : options.network ? 'user' : 'none',
+            options.bridge !== undefined
+              ? { bridge: options.bridge }
+              : options.network && !isContainer
+                ? 'user'
+                : 'none',
           ...(options.hostname === undefined ? {} : { hostName: options.hostname }),
           ...(options.userData === undefined ? {} : { userData: await textOf(options.userData) }),
           ...(options.sshKey === undefined
@@ -131,6 +149,26 @@ function runVerb(): Command {
         show(options, vms, () => vms.map(vmText).join('\n'));
       },
     );
+}
+
+/** Refuses what only a virtual machine has. */
+function checkContainer(options: object): void {
+  const lacking = [
+    'fromCheckpoint',
+    'memory',
+    'vcpus',
+    'bridge',
+    'append',
+    'sshKey',
+    'userData',
+    'ioBytes',
+    'ioOps',
+  ];
+  const given = new Map(Object.entries(options));
+  const asked = lacking.filter((name) => given.get(name) !== undefined);
+  if (asked.length === 0) return;
+  const names = asked.map((name) => `--${name.replaceAll(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`)}`);
+  throw new GridError('bad-request', `a container has no ${names.join(', ')}`);
 }
 
 /** What a VM asks of a base checkpoint; anything else that is asked for is nothing that was booted with. */

@@ -33,6 +33,8 @@ export interface MachineSeed {
 export interface MachineDescription {
   /** Shown in process lists and as the default host name. */
   readonly name: string;
+  /** A virtual machine when left out. */
+  readonly kind?: 'container';
   readonly vcpus: number;
   readonly memoryBytes: number;
   /** Raw disk images in order; the first is the system disk. */

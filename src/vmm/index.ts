@@ -3,3 +3,4 @@ export { createQemu, type QemuOptions } from './qemu/qemu.ts';
 export { connectSocket } from './socket.ts';
 export { createContainers } from './container/container.ts';
 export { Cgroups } from './cgroups.ts';
+export { createMachines } from './any.ts';
