@@ -4,7 +4,7 @@
  * of cpu, memory, blkio and pids that are mounted. Nothing is limited here: the groups are there to be written to.
  */
 import { existsSync, readFileSync } from 'node:fs';
-import { mkdir, rmdir, writeFile } from 'node:fs/promises';
+import { mkdir, readdir, readFile, rmdir, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { asGridError, errnoOf, GridError } from '../core/errors.ts';
@@ -39,13 +39,19 @@ export class Cgroups {
     return new Cgroups(folders);
   }
 
-  /** Puts a process, all its threads, into the group `name`/`child`. Throws local-io, no-permission. */
+  /** Puts a process, all its threads, and the processes that it has started into the group `name`/`child`. Throws
+   * local-io, no-permission. */
   async place(child: string, pid: number): Promise<void> {
+    const groups = this.folders.map((folder) => path.join(folder, child));
     try {
-      for (const folder of this.folders) {
-        const group = path.join(folder, child);
-        await mkdir(group, { recursive: true });
-        await writeFile(path.join(group, 'cgroup.procs'), String(pid));
+      for (const group of groups) await mkdir(group, { recursive: true });
+      for (const group of groups) await writeFile(path.join(group, 'cgroup.procs'), String(pid));
+      // Those that a process starts from now on are in its group: looked for when it is there itself.
+      for (const of = [pid]; of.length > 0;) {
+        for (const one of await childrenOf(of.shift()!)) {
+          of.push(one);
+          for (const group of groups) await putIfThere(group, one);
+        }
       }
     } catch (error) {
       throw asGridError(error, `cannot put process ${pid} into the control group ${child}`);
@@ -74,6 +80,24 @@ async function removed(folder: string): Promise<boolean> {
     return true;
   } catch (error) {
     return errnoOf(error) !== 'EBUSY';
+  }
+}
+
+/** Also those that its threads have started. */
+async function childrenOf(pid: number): Promise<number[]> {
+  const found: number[] = [];
+  for (const thread of await readdir(`/proc/${pid}/task`).catch(() => [])) {
+    const text = await readFile(`/proc/${pid}/task/${thread}/children`, 'utf8').catch(() => '');
+    found.push(...text.split(' ').filter(Boolean).map(Number));
+  }
+  return found;
+}
+
+async function putIfThere(group: string, pid: number): Promise<void> {
+  try {
+    await writeFile(path.join(group, 'cgroup.procs'), String(pid));
+  } catch (error) {
+    if (errnoOf(error) !== 'ESRCH') throw error; // it has ended meanwhile
   }
 }
 

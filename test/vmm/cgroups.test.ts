@@ -23,19 +23,28 @@ test('of version 1 each tree with a controller that matters counts, once', () =>
   ]);
 });
 
-test('a process is in its group in all trees, and a group goes when its process has ended', async (t) => {
+test('a process and what it has started are in its group in all trees, and a group goes when its process has ended', async (t) => {
   const trees = treesOf(readFileSync('/proc/self/mounts', 'utf8'));
   if (trees.length === 0) return t.skip('no control groups are mounted here');
   await assert.rejects(Cgroups.open('../up'), failsWith('bad-request', /no path/));
   const name = `gridvfs-test-${randomBytes(4).toString('hex')}`;
   const groups = await Cgroups.open(name);
-  const child = spawn('sleep', ['60']);
+  const child = spawn('sh', ['-c', 'sleep 60 & echo $!; wait'], { stdio: ['ignore', 'pipe', 'inherit'] });
+  const grandchild = Number(String((await once(child.stdout, 'data'))[0]));
   try {
     assert.equal(groups.folders.length, trees.length);
     await groups.place('vm-one', child.pid!);
     for (const folder of groups.folders)
-      assert.equal(readFileSync(`${folder}/vm-one/cgroup.procs`, 'utf8').trim(), String(child.pid));
+      assert.deepEqual(
+        readFileSync(`${folder}/vm-one/cgroup.procs`, 'utf8')
+          .trim()
+          .split('\n')
+          .map(Number)
+          .toSorted((a, b) => a - b),
+        [child.pid!, grandchild].toSorted((a, b) => a - b),
+      );
   } finally {
+    process.kill(grandchild, 'SIGKILL');
     child.kill('SIGKILL');
     await once(child, 'exit');
     await groups.remove('vm-one');
