@@ -6,7 +6,7 @@ import type { Command } from 'commander';
 import { errnoOf } from '../core/errors.ts';
 import { isRoot } from '../core/linux.ts';
 import { loadFuseNative } from '../frontend/fuse/index.ts';
-import { createQemu } from '../vmm/index.ts';
+import { createContainers, createQemu } from '../vmm/index.ts';
 import { jsonOption, show, verb } from './kit.ts';
 
 type Verdict = 'ok' | 'limited' | 'missing';
@@ -38,6 +38,7 @@ export function doctorVerb(): Command {
         privilege(),
         await qemu(),
         kvm(),
+        await containers(),
         qemuImg(),
         ssh(),
       ];
@@ -171,6 +172,20 @@ function kvm(): Finding {
       : '/dev/kvm is not there',
     advice: 'VMs run under emulation (TCG), several times slower; use a host with hardware virtualization',
     needed: 'speed',
+  };
+}
+
+/** For `vm run --vmm container`. */
+async function containers(): Promise<Finding> {
+  const found = { what: 'containers', needed: 'vm' as const };
+  const { usable, reason = '' } = await createContainers().probe();
+  if (usable)
+    return { ...found, verdict: 'ok', detail: firstLine('systemd-nspawn', ['--version']) ?? reason };
+  return {
+    ...found,
+    verdict: 'limited',
+    detail: reason,
+    advice: 'as root: apt-get install systemd-container; only --vmm container needs it',
   };
 }
 
