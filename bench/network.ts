@@ -4,8 +4,8 @@
  * processes: two programs that speak QEMU's format, through one host's switch, and through two hosts' switches with a
  *   channel of an ssh tunnel, or a broker that both reach by TLS, between them. All of these are processes of their own.
  * guests: two small guests (emulated) that have a network device for each of these, and one more for QEMU's own socket
- *   netdev between them. What is measured is `dd | nc` from one guest to the other; `ratio` is to QEMU's own netdev with
- *   the same frame size in the same run.
+ *   netdev between them. What is measured is a TCP connection's bytes, from one guest's dd to the other's, until
+ *   the other has had all; `ratio` is to QEMU's own netdev with the same frame size in the same run.
  */
 import { spawn, spawnSync } from 'node:child_process';
 import type { ChildProcess } from 'node:child_process';
@@ -149,13 +149,14 @@ class Console {
 
   #count = 0;
 
-  /** Runs a command and waits for its end. */
-  async run(command: string, timeoutMs?: number): Promise<void> {
+  /** Runs a command, waits for its end, and gives what was seen until then, the command itself among it. */
+  async run(command: string, timeoutMs?: number): Promise<string> {
     const mark = `end-${this.#count++}`;
     this.#text = '';
     // In two parts, so that the echo of the line is not taken for its output.
     this.#socket.write(`${command}; echo "${mark.slice(0, 3)}""${mark.slice(3)}"\n`);
     await this.seen(mark, timeoutMs);
+    return this.#text;
   }
 }
 
@@ -176,6 +177,15 @@ function startGuest(guest: BuiltGuest, index: number, netdevs: readonly string[]
   machines.push(spawn('qemu-system-x86_64', args, { stdio: ['ignore', 'ignore', 'inherit'] }));
   return Console.open(console);
 }
+
+/** What a guest's device has had, headers included. */
+async function receivedBytes(guest: Console, device: number): Promise<number> {
+  const text = await guest.run(`echo "had=$(cat /sys/class/net/eth${device}/statistics/rx_bytes)="`);
+  return Number(/had=(\d+)=/.exec(text)?.[1]);
+}
+
+/** For one measurement. */
+const MEGABYTES = 32;
 
 async function guests(one: Service, two: Service): Promise<Row[]> {
   const guest = await buildGuest({
@@ -215,15 +225,18 @@ async function guests(one: Service, two: Service): Promise<Row[]> {
     for (const mtu of [1500, 9000]) {
       for (const [at, subject] of subjects.entries()) {
         for (const console of consoles) await console.run(`ifconfig eth${at} mtu ${mtu}`);
-        await far.run('(nc -l -p 5000 < /dev/null > /dev/null &)');
+        // dd on the sockets themselves: nc would carry some kilobytes a call, and be what is measured.
+        const before = await receivedBytes(far, at);
+        const received = far.run('nc -l -p 5000 -e dd of=/dev/null bs=64k', 120_000);
         await sleep(300);
-        const megabytes = 96;
+        const bytes = MEGABYTES * 2 ** 20;
         const startMs = performance.now();
-        await near.run(
-          `dd if=/dev/zero bs=64k count=${megabytes * 16} 2>/dev/null | nc 10.9.${at}.2 5000`,
-          120_000,
-        );
-        const value = (megabytes * 2 ** 20 * 8) / (performance.now() - startMs) / 1000;
+        await near.run(`nc 10.9.${at}.2 5000 -e dd if=/dev/zero bs=64k count=${bytes / 65_536}`, 120_000);
+        await received;
+        const elapsedMs = performance.now() - startMs;
+        const came = (await receivedBytes(far, at)) - before;
+        if (came < bytes) throw new Error(`over ${subject} came ${came} bytes of ${bytes}`);
+        const value = (bytes * 8) / elapsedMs / 1000;
         const key = JSON.stringify([subject, mtu + 14]);
         measured.set(key, [...(measured.get(key) ?? []), value]);
         say(`guests, ${subject}, ${mtu + 14}: ${value.toFixed(0)} Mbit/s`);
