@@ -236,11 +236,20 @@ function showVerb(): Command {
 }
 
 const ACTIONS = {
-  suspend: 'Suspend all of its machines: memory and devices go to the store.',
+  suspend:
+    'Suspend all of its machines: memory and devices go to the store. Connections on its network go on later.',
   resume: 'Let its suspended machines go on, where there is room.',
-  move: 'Suspend its machines and resume them on other hosts.',
+  move: 'Suspend its machines and resume them on other hosts. Connections on its network go on.',
   end: 'End its machines; what they wrote to disks of their own goes with them.',
 } as const;
+
+/** What becomes of its machines' connections when they are suspended, or moved, which is the same to them. */
+function connectionsNote({ network }: Pick<WorkspaceInfo, 'network'>): string {
+  const outside = 'connections with the outside are over';
+  return network === undefined
+    ? `${outside}: its machines are on no network of their own`
+    : `connections on network '${network}' go on with their machines; ${outside}`;
+}
 
 function actionVerb(name: keyof typeof ACTIONS): Command {
   const command = withWaiting(verb(name, ACTIONS[name], [`gridvfs workspace ${name} lab`])).argument(
@@ -255,7 +264,8 @@ function actionVerb(name: keyof typeof ACTIONS): Command {
         options.to === undefined ? {} : { host: options.to },
       );
       const one = await settled(client, begun, options, anyMoves);
-      show(options, one, () => details(one));
+      const notes = name === 'suspend' || name === 'move' ? [connectionsNote(one)] : [];
+      show(options, one, () => [details(one), ...notes].join('\n'));
     });
   });
 }

@@ -221,7 +221,13 @@ suite(`a workspace of ${COUNT} machines over ${HOSTS.length} hosts`, () => {
       let third = '';
       const { now } = await goesOn('written-once', async () => {
         const machines = await machinesOf('ada', 'lab');
-        assert.equal((await workspace('ada', 'suspend', 'lab')).state, 'suspended');
+        const { code, stdout } = await world.run('workspace', 'suspend', 'lab', ...grid.as('ada'));
+        assert.equal(code, 0);
+        assert.match(stdout, /^lab \(\w+\) +suspended /);
+        assert.match(
+          stdout,
+          /\nconnections on network 'lab' go on with their machines; .* outside are over$/m,
+        );
         await eventually(() => machines.every(({ id }) => runningCopies(id).length === 0));
         assert.equal((await volume('show', 'home')).unsaved, false);
         await sleep(2_000);
