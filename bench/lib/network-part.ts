@@ -57,8 +57,10 @@ function host(): (command: Command) => Promise<unknown> {
           });
         });
       });
-      await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve));
-      return { port: (server.address() as net.AddressInfo).port };
+      // As the proxy's own endpoint has it.
+      const listener = net.createServer({ noDelay: true }, (socket) => server.injectSocket(socket));
+      await new Promise<void>((resolve) => listener.listen(0, '127.0.0.1', resolve));
+      return { port: (listener.address() as net.AddressInfo).port };
     }
     if (connect) {
       const client = new ssh2.Client();
@@ -66,6 +68,7 @@ function host(): (command: Command) => Promise<unknown> {
         client.once('ready', () => resolve());
         client.connect({ host: '127.0.0.1', port: connect.port, username: 'bench' });
       });
+      client.setNoDelay(true);
       const channel = await new Promise<Duplex>((resolve, reject) =>
         client.exec(connect.network, (error, made) => (error ? reject(error) : resolve(made))),
       );
