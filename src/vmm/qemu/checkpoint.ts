@@ -24,8 +24,8 @@ const LOAD_TIMEOUT_MS = 60_000;
 const LOAD_LOOK_MS = 2;
 /** A machine with many disks has a few hundred KB. */
 export const DEVICE_STATE_BYTES_MAX = 64 * MIB;
-/** What QEMU writes it to, in the machine's folder: it reaches nothing else by a name that we give it. */
-const STATE_FILE = 'device.state';
+/** What QEMU writes it to, in the machine's folder: it reaches nothing else by a name that we give it. No name of a caller's. */
+const STATE_FILE = 'device.state.written';
 
 /** Writes the device state of a paused machine to `file`. */
 export async function saveDeviceState(qmp: QmpClient, folder: string, file: string): Promise<void> {
