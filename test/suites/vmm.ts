@@ -233,11 +233,14 @@ export function vmmSuite(name: string, vmm: Vmm, guestOf: () => Promise<BuiltGue
       { skip: skip('capture') },
       async () => {
         const description = describeMachine(newOverlay());
-        const machine = await start(description, newFolder());
+        const home = newFolder();
+        const machine = await start(description, home);
         await machine.ready(READY_MS);
-        const files = newFiles();
+        // A name that an implementation may have in mind for itself.
+        const files = { ...newFiles(), deviceState: path.join(home, 'device.state') };
         const { compatibility } = await machine.capture(files);
         await machine.stop(0);
+        assert.ok(existsSync(files.deviceState));
         const refuses = async (
           code: ErrorCode,
           text: RegExp,
