@@ -2,13 +2,16 @@
 import assert from 'node:assert/strict';
 import { execFileSync, spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs';
+import { randomBytes } from 'node:crypto';
+import { existsSync, mkdtempSync, readdirSync, readFileSync, readlinkSync, rmSync } from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { after, test } from 'node:test';
+import { setTimeout as sleep } from 'node:timers/promises';
 import { buildGuest, guestCacheFolder } from '../../bench/guest/build.ts';
 import { isRoot } from '../../src/core/linux.ts';
-import { createContainers } from '../../src/vmm/index.ts';
+import { treesOf } from '../../src/vmm/cgroups.ts';
+import { Cgroups, createContainers } from '../../src/vmm/index.ts';
 import { vmmDevicesSuite } from '../suites/vmm-devices.ts';
 import { failsWith, vmmSuite } from '../suites/vmm.ts';
 
@@ -16,11 +19,29 @@ const smallGuest = () => buildGuest({ guest: 'small', folder: path.join(guestCac
 const temporary = mkdtempSync(path.join(os.tmpdir(), 'gridvfs-container-'));
 after(() => rmSync(temporary, { recursive: true, force: true }));
 
+/** Below `pid`, the first process of another process namespace: that of the container. */
+async function waitForInside(pid: number): Promise<number> {
+  const ours = readlinkSync('/proc/self/ns/pid');
+  for (const endMs = performance.now() + 20_000; ; await sleep(50)) {
+    for (const of = [pid]; of.length > 0;) {
+      const one = of.shift()!;
+      try {
+        if (readlinkSync(`/proc/${one}/ns/pid`) !== ours) return one;
+        const children = readFileSync(`/proc/${one}/task/${one}/children`, 'utf8');
+        of.push(...children.split(' ').filter(Boolean).map(Number));
+      } catch {
+        // It has ended meanwhile.
+      }
+    }
+    assert.ok(performance.now() < endMs, 'nothing runs inside the container');
+  }
+}
+
 if (isRoot()) {
   vmmSuite('container', createContainers(), smallGuest);
   vmmDevicesSuite('container', createContainers(), smallGuest);
 
-  test('a container outlives a killed daemon, is adopted by the next one, and leaves no mount and no loop device', async () => {
+  test('a container outlives a killed daemon, is adopted by the next one, and leaves no mount and no loop device', async (t) => {
     const guest = await smallGuest();
     const disk = path.join(temporary, 'disk.raw');
     execFileSync('cp', ['--sparse=always', guest.disk, disk]);
@@ -48,6 +69,26 @@ if (isRoot()) {
     const adopted = (await createContainers().adopt(folder))!;
     assert.deepEqual([adopted.status().state, adopted.status().pid], ['running', pid]);
     await assert.rejects(createContainers().start(description, folder), failsWith('in-use', /still runs/));
+
+    // What runs inside was there before its machine was put into a group. Fails without the loop over children in
+    // Cgroups.place: the supervisor alone would be in it.
+    const inside = await waitForInside(pid);
+    const trees = treesOf(readFileSync('/proc/self/mounts', 'utf8'));
+    if (trees.length > 0) {
+      const name = `gridvfs-test-${randomBytes(4).toString('hex')}`;
+      const groups = await Cgroups.open(name);
+      t.after(async () => {
+        await groups.remove('vm-orphan');
+        await groups.dispose();
+        for (const group of groups.folders) assert.equal(existsSync(group), false);
+      });
+      await groups.place('vm-orphan', pid);
+      for (const one of [pid, inside]) {
+        const lines = readFileSync(`/proc/${one}/cgroup`, 'utf8').split('\n');
+        const own = lines.filter((line) => line.endsWith(`/${name}/vm-orphan`));
+        assert.equal(own.length, trees.length, `process ${one}: ${lines.join(' ')}`);
+      }
+    }
     await adopted.stop(0);
     assert.equal((await adopted.ended).state, 'stopped');
     assert.deepEqual(
