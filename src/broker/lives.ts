@@ -85,6 +85,7 @@ export class Lives {
       throw new GridError('in-use', `VM '${vm.name}' is ${vm.state}; only one that is ${needs} can do this`);
     }
     if (options.host !== undefined) await this.#checkHost(tx, options.host);
+    else if (verb === 'move') await checkElsewhere(tx, vm);
     if (verb === 'checkpoint') return orderCheckpoint(tx, vm, job);
     if (verb === 'resume') {
       await tx.run(
@@ -168,6 +169,16 @@ export class Lives {
       });
     }
   }
+}
+
+/** One that is moved from the only host would be suspended until there is another. */
+async function checkElsewhere(tx: Queries, { name, host }: VmRow): Promise<void> {
+  const [other] = await tx.all(`SELECT id FROM hosts WHERE state = 'up' AND id <> ? LIMIT 1`, host);
+  if (other) return;
+  throw new GridError(
+    'in-use',
+    `no host is up but '${host}', where VM '${name}' is; \`gridvfs broker hosts\` lists them`,
+  );
 }
 
 /** Of no other checkpoint: tags that moved would be seen by hosts at different times. */

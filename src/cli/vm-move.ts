@@ -62,8 +62,8 @@ async function there<T>(
   const known = /^gridvfs: (.*) \[([a-z-]+)\]$/.exec(lastWords);
   if (known && Object.hasOwn(ERROR_CODES, known[2]!))
     throw new GridError(known[2] as ErrorCode, `on ${to}: ${known[1]}`);
-  const what = code === SSH_FAILED ? 'does not let us in' : `ended with ${code}`;
-  throw new GridError('unreachable', `${to} ${what}: ${lastWords || 'no reason given'}`);
+  const what = code === SSH_FAILED ? `cannot reach ${to}` : `${remoteCommand} at ${to} ended with ${code}`;
+  throw new GridError('unreachable', `${what}: ${lastWords || 'no reason given'}`);
 }
 
 /** Whether it is sure that the VM does not run there. */
