@@ -21,6 +21,8 @@ export interface LinkParts extends OrderParts {
   versions(): Promise<OfferedVersion[]>;
   /** Where the names of VMs with a restart policy are kept. */
   readonly file: string;
+  /** What the file service spent on VMs, by their names here. */
+  spent?(): Promise<ReadonlyMap<string, { readonly cpuSeconds: number }>>;
   readonly signal?: (pid: number, signal: MachineSignal) => void;
 }
 
@@ -134,6 +136,7 @@ export class BrokerLink {
     const { machines, facts } = this.#parts;
     const cache = await this.#parts.cache();
     const versions = await this.#offered();
+    const spent = await this.#parts.spent?.();
     // From here to the snapshot nothing is awaited: results and VMs are of one moment.
     const results = [...this.#results];
     const vms = machines.list().filter(({ id }) => PLACED_VM.test(id));
@@ -151,6 +154,7 @@ export class BrokerLink {
           state: vm.state,
           ...(vm.reason === undefined ? {} : { reason: vm.reason }),
           consoleSocket: vm.consoleSocket,
+          ...(spent?.has(vm.id) ? { cpuSeconds: spent.get(vm.id)!.cpuSeconds } : {}),
         })),
         ...hidden.map((name) => ({ name, state: 'changing' })),
       ],

@@ -17,6 +17,7 @@ import { takeOffers } from './images.ts';
 import type { Loads } from './loads.ts';
 import { orderSuspend } from './lives.ts';
 import { takeResult } from './results.ts';
+import { noteCpu } from './usage.ts';
 import { endJobs, endVm, ON_HOST, placedAs, recountFutures, settleOrders } from './vm-table.ts';
 import type { VmRow } from './vm-table.ts';
 
@@ -163,6 +164,7 @@ export class Hosts {
       const seen = there.get(placedAs(vm));
       const alive = seen !== undefined && seen.state !== 'failed' && seen.state !== 'stopped';
       if (alive) {
+        if (seen.cpuSeconds) await noteCpu(tx, vm, seen.cpuSeconds);
         if (seen.consoleSocket !== undefined && vm.console !== seen.consoleSocket) {
           await tx.run('UPDATE vms SET console = ? WHERE id = ?', seen.consoleSocket, vm.id);
         }

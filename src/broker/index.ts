@@ -16,4 +16,5 @@ export type { WorkspaceInfo, WorkspaceRequest } from './workspaces.ts';
 export type { VolumeUse } from './volumes.ts';
 export type { VolumeInfo, VolumeRequest } from './volume-catalog.ts';
 export type { QuotaInfo } from './quotas.ts';
+export type { UsageBy } from './usage.ts';
 export type { NetworkInfo } from './topology.ts';

@@ -151,4 +151,16 @@ export const MIGRATIONS: readonly (readonly string[])[] = [
     `ALTER TABLE vms ADD COLUMN command TEXT`,
     `ALTER TABLE vms ADD COLUMN command_result TEXT`,
   ],
+  [
+    // What volumes are charged for: each size that one had, and how long.
+    `CREATE TABLE volume_sizes (
+       volume TEXT NOT NULL REFERENCES volumes (id), since_ms BIGINT NOT NULL, until_ms BIGINT,
+       size_bytes BIGINT NOT NULL, PRIMARY KEY (volume, since_ms))`,
+    `INSERT INTO volume_sizes (volume, since_ms, until_ms, size_bytes)
+       SELECT id, created_ms, removed_ms, size_bytes FROM volumes`,
+    `ALTER TABLE quotas ADD COLUMN volume_bytes BIGINT`,
+    // CPU time of the file service on a VM's behalf: the sum, and what its host said last, which begins anew with the proxy.
+    `ALTER TABLE usage ADD COLUMN cpu_ms BIGINT NOT NULL DEFAULT 0`,
+    `ALTER TABLE usage ADD COLUMN cpu_told_ms BIGINT NOT NULL DEFAULT 0`,
+  ],
 ];

@@ -23,6 +23,7 @@ const FILES = {
   'machines.mjs': 'text/javascript; charset=utf-8',
   'request.mjs': 'text/javascript; charset=utf-8',
   'inventory.mjs': 'text/javascript; charset=utf-8',
+  'volumes.mjs': 'text/javascript; charset=utf-8',
   'waterfall.mjs': 'text/javascript; charset=utf-8',
 } as const;
 
@@ -64,7 +65,7 @@ export function pageRoutes(app: FastifyInstance, broker: Broker): void {
       config: { roles: ['user', 'operator'] },
       schema: {
         description:
-          'Server-sent events: `you`, then `hosts`, `images`, `vms` and `workspaces`, each as a whole list when it has changed.',
+          'Server-sent events: `you`, then `hosts`, `images`, `vms`, `workspaces` and `volumes`, each as a whole list when it has changed.',
         response: { '4xx': schemas.problem, '5xx': schemas.problem },
       },
     },
@@ -117,6 +118,7 @@ async function tellChanges(
   const last = new Map<string, string>();
   let saidMs = performance.now();
   let hostsMs = -Infinity;
+  let isWoken = true;
   /** Whether it was news. */
   const tell = (event: string, data: unknown): boolean => {
     const text = JSON.stringify(data);
@@ -132,6 +134,7 @@ async function tellChanges(
     const isNews = tell('vms', vms);
     const isDue = performance.now() - hostsMs >= HOSTS_EVERY_MS;
     if (isNews || isDue) tell('workspaces', await workspacesOf(broker, principal));
+    if (isWoken || isDue) tell('volumes', await broker.volumes.list(principal));
     if (isDue) {
       hostsMs = performance.now();
       tell('hosts', await broker.hosts.list());
@@ -141,7 +144,7 @@ async function tellChanges(
       sendNothing();
       saidMs = performance.now();
     }
-    await woken;
+    isWoken = await woken;
   }
 }
 

@@ -6,6 +6,8 @@ export interface Quota {
   readonly machines?: number;
   readonly vcpus?: number;
   readonly memoryBytes?: number;
+  /** Sizes of data volumes together. */
+  readonly volumeBytes?: number;
 }
 
 export interface QuotaInfo extends Quota {
@@ -17,6 +19,7 @@ const LIMITS = [
   ['machines', 'machines', 'machines'],
   ['vcpus', 'vcpus', 'processors'],
   ['memoryBytes', 'memory_bytes', 'bytes of memory'],
+  ['volumeBytes', 'volume_bytes', 'bytes of data volumes'],
 ] as const;
 
 async function usedBy(db: Queries, user: string): Promise<Required<Quota>> {
@@ -25,10 +28,15 @@ async function usedBy(db: Queries, user: string): Promise<Required<Quota>> {
      WHERE owner = ? AND ended_ms IS NULL`,
     user,
   );
+  const [volumes] = await db.all<{ bytes: number | null }>(
+    'SELECT sum(size_bytes) AS bytes FROM volumes WHERE owner = ? AND removed_ms IS NULL',
+    user,
+  );
   return {
     machines: row?.machines ?? 0,
     vcpus: row?.vcpus ?? 0,
     memoryBytes: row?.memory ?? 0,
+    volumeBytes: volumes?.bytes ?? 0,
   };
 }
 
@@ -44,23 +52,25 @@ export async function quotaOf(db: Queries, user: string): Promise<QuotaInfo> {
 /** Replaces what a user may have. */
 export async function setQuota(db: Queries, user: string, quota: Quota): Promise<QuotaInfo> {
   await db.run(
-    `INSERT INTO quotas (user_name, machines, vcpus, memory_bytes) VALUES (?, ?, ?, ?)
+    `INSERT INTO quotas (user_name, machines, vcpus, memory_bytes, volume_bytes) VALUES (?, ?, ?, ?, ?)
      ON CONFLICT (user_name) DO UPDATE SET machines = excluded.machines, vcpus = excluded.vcpus,
-       memory_bytes = excluded.memory_bytes`,
+       memory_bytes = excluded.memory_bytes, volume_bytes = excluded.volume_bytes`,
     ...[user, quota.machines ?? null, quota.vcpus ?? null, quota.memoryBytes ?? null],
+    quota.volumeBytes ?? null,
   );
   return quotaOf(db, user);
 }
 
 /** In the transaction that takes it. Throws no-space and says what is asked for, what is there and what is allowed. */
-export async function checkQuota(tx: Queries, user: string, asked: Required<Quota>): Promise<void> {
+export async function checkQuota(tx: Queries, user: string, asked: Quota): Promise<void> {
   const quota = await quotaOf(tx, user);
   for (const [name, , what] of LIMITS) {
-    const limit = quota[name];
-    if (limit === undefined || quota.used[name] + asked[name] <= limit) continue;
+    const [limit, more = 0] = [quota[name], asked[name]];
+    // What asks for nothing of it is not refused, also where a quota was lowered below what is there.
+    if (limit === undefined || more <= 0 || quota.used[name] + more <= limit) continue;
     throw new GridError(
       'no-space',
-      `the quota of '${user}' is ${limit} ${what}: ${quota.used[name]} are in use, and this asks for ${asked[name]} more`,
+      `the quota of '${user}' is ${limit} ${what}: ${quota.used[name]} are in use, and this asks for ${more} more`,
     );
   }
 }

@@ -364,34 +364,6 @@ export class Requests {
   async vm(principal: Principal, which: string): Promise<VmInfo> {
     return vmInfo(await this.find(this.#db, principal, which));
   }
-
-  /** Time, memory and bytes of VMs, those that run still up to now. */
-  async usage(principal: Principal): Promise<Record<string, unknown>[]> {
-    const { sql, values } = owned(principal);
-    const rows = await this.#db.all<{
-      vm: string;
-      generation: number;
-      owner: string;
-      host: string;
-      memory_bytes: number;
-      fetched_bytes: number | null;
-      stored_bytes: number | null;
-      started_ms: number;
-      ended_ms: number | null;
-    }>(`SELECT * FROM usage WHERE ${sql} ORDER BY started_ms, vm LIMIT ${LISTED_MAX}`, ...values);
-    const nowMs = Date.now();
-    return rows.map((row) => ({
-      vm: row.vm,
-      generation: row.generation,
-      owner: row.owner,
-      host: row.host,
-      seconds: ((row.ended_ms ?? nowMs) - row.started_ms) / 1000,
-      memoryByteSeconds: (((row.ended_ms ?? nowMs) - row.started_ms) / 1000) * row.memory_bytes,
-      fetchedBytes: row.fetched_bytes ?? 0,
-      storedBytes: row.stored_bytes ?? 0,
-      running: row.ended_ms === null,
-    }));
-  }
 }
 
 /** Rows of one answer. */

@@ -200,6 +200,7 @@ const reportedVm = object(
     state: { type: 'string', maxLength: NAME_LENGTH_MAX },
     reason: { type: 'string', maxLength: 64 * 1024 },
     consoleSocket: { type: 'string', maxLength: 4096 },
+    cpuSeconds: { type: 'number', minimum: 0, maximum: Number.MAX_SAFE_INTEGER / 1000 },
   },
   ['name', 'state'],
 );
@@ -317,16 +318,6 @@ export const keyHeaders = {
   type: 'object',
   properties: { 'idempotency-key': { type: 'string', minLength: 1, maxLength: 200 } },
 };
-export const usage = answer({
-  vm: text,
-  owner: text,
-  host: text,
-  seconds: number,
-  memoryByteSeconds: number,
-  fetchedBytes: integer,
-  storedBytes: integer,
-  running: boolean,
-});
 
 const found = answer({ id: text, memoryBytes: integer, vcpus: integer, network: text });
 export const queryAnswer = answer({ sets: list(list(found)), complete: boolean, elapsedMs: number });

@@ -104,12 +104,6 @@ export function userRoutes(app: FastifyInstance, broker: Broker): void {
     { config: users, schema: { body: querySchema, response: { 200: schemas.queryAnswer, ...failures } } },
     (request) => answerQuery(broker.db, principalOf(request), request.body),
   );
-  app.get(
-    '/v1/usage',
-    { config: users, schema: { response: { 200: schemas.list(schemas.usage), ...failures } } },
-    (request) => broker.requests.usage(principalOf(request)),
-  );
-
   app.get<{ Params: { id: string } }>(
     '/v1/jobs/:id',
     { config: users, schema: { params: schemas.nameParams, response: { 200: schemas.job, ...failures } } },

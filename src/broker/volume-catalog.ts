@@ -4,7 +4,9 @@ import { GridError } from '../core/errors.ts';
 import type { Principal } from './access.ts';
 import type { Database, Queries } from './database.ts';
 import { listImages } from './images.ts';
+import { checkQuota } from './quotas.ts';
 import type { Requests } from './requests.ts';
+import { noteVolumeSize } from './usage.ts';
 import { endJob } from './vm-table.ts';
 import {
   checkNotWritten,
@@ -66,7 +68,7 @@ export class VolumeCatalog {
     this.#wake = wake;
   }
 
-  /** Throws exists, bad-request, not-found. An empty one and one of an image are `making` until a host has made them. */
+  /** Throws exists, bad-request, not-found, no-space (quota). An empty one and one of an image are `making` until a host has made them. */
   async create(principal: Principal, request: VolumeRequest): Promise<VolumeInfo> {
     const { name, image, from, version } = request;
     if (image !== undefined && from !== undefined)
@@ -89,6 +91,7 @@ export class VolumeCatalog {
           `${image ?? from} has ${smallest} bytes; a volume of it can be larger, not smaller`,
         );
       }
+      await checkQuota(tx, principal.user, { volumeBytes: sizeBytes });
       const nowMs = Date.now();
       await tx.run(
         `INSERT INTO volumes (id, owner, name, size_bytes, version, manifest, stored_bytes, unsaved, made_from, failed, created_ms)
@@ -96,6 +99,7 @@ export class VolumeCatalog {
         ...[id, principal.user, name, sizeBytes, parent ? 1 : 0, parent?.manifest ?? null],
         ...[image ?? null, nowMs],
       );
+      await noteVolumeSize(tx, id, sizeBytes);
       if (parent) await this.#copyVersion(tx, id, 1, parent);
     });
     this.#wake([]);
@@ -192,7 +196,7 @@ export class VolumeCatalog {
     };
   }
 
-  /** Its next attachment has the new size. Throws in-use, bad-request. */
+  /** Its next attachment has the new size. Throws in-use, bad-request, no-space (its owner's quota). */
   grow(principal: Principal, which: string, sizeBytes: number): Promise<VolumeInfo> {
     return this.#change(principal, which, async (tx, volume) => {
       await checkNotWritten(tx, volume);
@@ -202,7 +206,7 @@ export class VolumeCatalog {
           `volume '${volume.name}' has ${volume.size_bytes} bytes; it can only grow`,
         );
       }
-      await tx.run('UPDATE volumes SET size_bytes = ? WHERE id = ?', sizeBytes, volume.id);
+      await resize(tx, volume, sizeBytes);
     });
   }
 
@@ -215,9 +219,10 @@ export class VolumeCatalog {
       if (version === undefined || version === volume.version) return;
       await this.#copyVersion(tx, volume.id, volume.version + 1, found);
       await tx.run(
-        'UPDATE volumes SET version = version + 1, manifest = ?, size_bytes = ?, reason = NULL WHERE id = ?',
-        ...[found.manifest, found.size_bytes, volume.id],
+        'UPDATE volumes SET version = version + 1, manifest = ?, reason = NULL WHERE id = ?',
+        ...[found.manifest, volume.id],
       );
+      await resize(tx, volume, found.size_bytes);
     });
   }
 
@@ -246,6 +251,7 @@ export class VolumeCatalog {
         throw new GridError('in-use', `VM '${user.name}' has volume '${volume.name}'; detach it first`);
       await forgetClone(tx, volume);
       await tx.run('UPDATE volumes SET removed_ms = ? WHERE id = ?', Date.now(), volume.id);
+      await noteVolumeSize(tx, volume.id);
     });
   }
 
@@ -328,6 +334,13 @@ export class VolumeCatalog {
     this.#wake([job]);
     return job;
   }
+}
+
+async function resize(tx: Queries, volume: VolumeRow, sizeBytes: number): Promise<void> {
+  if (sizeBytes === volume.size_bytes) return;
+  await checkQuota(tx, volume.owner, { volumeBytes: sizeBytes - volume.size_bytes });
+  await tx.run('UPDATE volumes SET size_bytes = ? WHERE id = ?', sizeBytes, volume.id);
+  await noteVolumeSize(tx, volume.id, sizeBytes);
 }
 
 function stateOf(row: VolumeRow, isAttached: boolean): VolumeInfo['state'] {

@@ -5,6 +5,8 @@ import { quotaOf, setQuota } from './quotas.ts';
 import type { Quota } from './quotas.ts';
 import * as schemas from './schemas.ts';
 import { principalOf } from './server.ts';
+import { USAGE_BY, usageOf } from './usage.ts';
+import type { UsageBy } from './usage.ts';
 import { LIFETIME_MS_MAX } from './workspaces.ts';
 import type { WorkspaceRequest, WorkspaceVerb } from './workspaces.ts';
 
@@ -109,17 +111,33 @@ export function workspaceRoutes(app: FastifyInstance, broker: Broker): void {
     (request) => broker.workspaces.extend(principalOf(request), request.params.id, request.body.lifetimeMs),
   );
 
-  app.get(
+  interface UsageCall {
+    Querystring: { by?: UsageBy };
+  }
+  const querystring = { type: 'object', properties: { by: { type: 'string', enum: USAGE_BY } } };
+  app.get<UsageCall>(
+    '/v1/usage',
+    {
+      config: users,
+      schema: {
+        description: 'Rows by VM and placement, or `by` workspace, user or data volume.',
+        querystring,
+        response: { 200: schemas.list({ type: 'object', additionalProperties: true }), ...failures },
+      },
+    },
+    (request) => usageOf(broker.db, principalOf(request), request.query.by),
+  );
+  app.get<UsageCall>(
     '/v1/usage.csv',
     {
       config: users,
-      schema: { description: 'The rows of /v1/usage as CSV (RFC 4180).', response: failures },
+      schema: { description: 'The rows of /v1/usage as CSV (RFC 4180).', querystring, response: failures },
     },
     async (request, reply) =>
       reply
         .type('text/csv; charset=utf-8')
         .header('content-disposition', 'attachment; filename="usage.csv"')
-        .send(csvOf(await broker.requests.usage(principalOf(request)))),
+        .send(csvOf(await usageOf(broker.db, principalOf(request), request.query.by))),
   );
   app.get('/v1/quota', { config: users, schema: { response: { 200: quota, ...failures } } }, (request) =>
     quotaOf(broker.db, principalOf(request).user),
@@ -131,7 +149,7 @@ export function workspaceRoutes(app: FastifyInstance, broker: Broker): void {
       schema: {
         description: 'Replaces what a user may have at a time; what is left out has no bound.',
         params: schemas.nameParams,
-        body: schemas.object({ machines: count, vcpus: count, memoryBytes: count }),
+        body: schemas.object({ machines: count, vcpus: count, memoryBytes: count, volumeBytes: count }),
         response: { 200: quota, ...failures },
       },
     },

@@ -12,6 +12,7 @@ import type { GridVolumes } from '../agent/grid-volumes.ts';
 import type { LinkMachines } from '../agent/broker-orders.ts';
 import type { Checkpoints } from '../agent/checkpoints.ts';
 import type { Machines } from '../agent/machines.ts';
+import type { Spending } from '../agent/vm-spending.ts';
 import type { Digest } from '../core/bytes.ts';
 import { asGridError, GridError } from '../core/errors.ts';
 import type { OfferedVersion } from '../core/grid.ts';
@@ -38,6 +39,7 @@ export interface LinkedProxy {
   readonly machines: Machines;
   readonly checkpoints: Checkpoints;
   readonly gridVolumes: GridVolumes;
+  readonly spending: Spending;
   readonly clones: Clones;
   /** The disk of a VM, as it is now, as a new version in the source. */
   readonly commit: (
@@ -134,6 +136,7 @@ export async function linkToBroker(
         fetchedBytes: status.fetchedStoredBytes,
       };
     },
+    spent: () => proxy.spending.all(),
     async versions() {
       const { versions, manifests } = await offered(cache);
       known = manifests;

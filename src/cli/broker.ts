@@ -12,6 +12,7 @@ import type {
   JobInfo,
   Role,
   TokenInfo,
+  UsageBy,
   VmInfo,
   VmRequest,
 } from '../broker/index.ts';
@@ -160,36 +161,86 @@ function queryVerb(): Command {
     });
 }
 
+interface UsageRow {
+  readonly [key: string]: string | number | boolean;
+}
+
+const gibHours = (byteSeconds: unknown) => (Number(byteSeconds) / 3600 / 1024 ** 3).toFixed(3);
+const secondsOf = (value: unknown) => `${Number(value).toFixed(1)} s`;
+const bytesOf = (value: unknown) => bytesText(Number(value));
+
+const OF_MACHINES = [
+  ['TIME', 'seconds', secondsOf],
+  ['GIB HOURS', 'memoryByteSeconds', gibHours],
+  ['FETCHED', 'fetchedBytes', bytesOf],
+  ['STORED', 'storedBytes', bytesOf],
+  ['CPU', 'cpuSeconds', secondsOf],
+] as const;
+/** Columns of `usage --by`: head, field, how it is written. */
+const USAGE_COLUMNS: Record<UsageBy, readonly (readonly [string, string, ((value: unknown) => string)?])[]> =
+  {
+    vm: [
+      ...([
+        ['VM', 'name'],
+        ['ID', 'vm'],
+        ['WORKSPACE', 'workspace'],
+        ['OWNER', 'owner'],
+        ['HOST', 'host'],
+      ] as const),
+      ...OF_MACHINES,
+    ],
+    workspace: [
+      ...([
+        ['WORKSPACE', 'name'],
+        ['ID', 'workspace'],
+        ['OWNER', 'owner'],
+        ['VMS', 'vms'],
+      ] as const),
+      ...OF_MACHINES,
+    ],
+    user: [
+      ...([
+        ['USER', 'user'],
+        ['VMS', 'vms'],
+      ] as const),
+      ...OF_MACHINES,
+      ['VOLUMES', 'volumes'],
+      ['VOLUME GIB HOURS', 'volumeByteSeconds', gibHours],
+      ['VOLUMES STORE', 'volumeStoredBytes', bytesOf],
+    ],
+    volume: [
+      ...([
+        ['VOLUME', 'name'],
+        ['ID', 'volume'],
+        ['OWNER', 'owner'],
+      ] as const),
+      ['SIZE', 'sizeBytes', bytesOf],
+      ['TIME', 'seconds', secondsOf],
+      ['GIB HOURS', 'byteSeconds', gibHours],
+      ['STORED', 'storedBytes', bytesOf],
+    ],
+  };
+
 function usageVerb(): Command {
   return withBroker(
-    verb('usage', 'Time, memory and bytes of your VMs.', ['gridvfs broker usage --json']),
-  ).action(async (options: Connection) => {
-    const rows = await withClient(options, (client) =>
-      client.call<
-        {
-          vm: string;
-          owner: string;
-          host: string;
-          seconds: number;
-          memoryByteSeconds: number;
-          fetchedBytes: number;
-        }[]
-      >('GET', '/v1/usage'),
-    );
-    show(options, rows, () =>
-      table(
-        ['VM', 'OWNER', 'HOST', 'TIME', 'GIB HOURS', 'FETCHED'],
-        rows.map((row) => [
-          row.vm,
-          row.owner,
-          row.host,
-          `${row.seconds.toFixed(1)} s`,
-          (row.memoryByteSeconds / 3600 / 1024 ** 3).toFixed(3),
-          bytesText(row.fetchedBytes),
-        ]),
-      ),
-    );
-  });
+    verb('usage', 'What was used: time, memory, bytes fetched and stored, CPU time of the file service.', [
+      'gridvfs broker usage',
+      'gridvfs broker usage --by user --json',
+    ]),
+  )
+    .addOption(new Option('--by <what>', 'a row for each').choices(Object.keys(USAGE_COLUMNS)).default('vm'))
+    .action(async (options: Connection & { by: UsageBy }) => {
+      const rows = await withClient(options, (client) =>
+        client.call<UsageRow[]>('GET', `/v1/usage?by=${options.by}`),
+      );
+      const columns = USAGE_COLUMNS[options.by];
+      show(options, rows, () =>
+        table(
+          columns.map(([head]) => head),
+          rows.map((row) => columns.map(([, field, write = String]) => write(row[field]))),
+        ),
+      );
+    });
 }
 
 function tokenVerbs(): Command {

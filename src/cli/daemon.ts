@@ -365,6 +365,7 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
           machines,
           checkpoints,
           gridVolumes,
+          spending,
           clones,
           commit: (clone, request) =>
             clones.atMoment(clone, (snapshot, of) => work.commitMoment(snapshot, of, request)),

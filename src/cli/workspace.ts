@@ -295,12 +295,13 @@ function quotaVerb(): Command {
     .option('--machines <count>', 'at a time', parseCount)
     .option('--vcpus <count>', 'virtual processors of all together', parseCount)
     .option('--memory <size>', 'of all together', parseBytes)
+    .option('--volumes <size>', 'of all data volumes together', parseBytes)
     .action(
       async (
         user: string | undefined,
-        options: Connection & { machines?: number; vcpus?: number; memory?: number },
+        options: Connection & { machines?: number; vcpus?: number; memory?: number; volumes?: number },
       ) => {
-        const { machines, vcpus, memory } = options;
+        const { machines, vcpus, memory, volumes } = options;
         const quota = await withClient(options, (client) =>
           user === undefined
             ? client.call<QuotaInfo>('GET', '/v1/quota')
@@ -308,15 +309,17 @@ function quotaVerb(): Command {
                 ...(machines === undefined ? {} : { machines }),
                 ...(vcpus === undefined ? {} : { vcpus }),
                 ...(memory === undefined ? {} : { memoryBytes: memory }),
+                ...(volumes === undefined ? {} : { volumeBytes: volumes }),
               }),
         );
-        const of = (used: string, limit: string | undefined) => `${used} of ${limit ?? 'any number'}`;
-        const memoryText = quota.memoryBytes === undefined ? undefined : bytesText(quota.memoryBytes);
+        const of = (used: string, limit: string | undefined) => `${used} of ${limit ?? 'any'}`;
+        const size = (bytes: number | undefined) => (bytes === undefined ? undefined : bytesText(bytes));
         show(options, quota, () =>
           [
             `${quota.user}: ${of(String(quota.used.machines), quota.machines?.toString())} machines`,
             `${of(String(quota.used.vcpus), quota.vcpus?.toString())} vcpus`,
-            `${of(bytesText(quota.used.memoryBytes ?? 0), memoryText)} memory`,
+            `${of(bytesText(quota.used.memoryBytes), size(quota.memoryBytes))} memory`,
+            `${of(bytesText(quota.used.volumeBytes), size(quota.volumeBytes))} data volumes`,
           ].join(', '),
         );
       },

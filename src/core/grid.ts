@@ -53,6 +53,8 @@ export interface ReportedVm {
   readonly state: string;
   readonly reason?: string;
   readonly consoleSocket?: string;
+  /** CPU time that the file service spent on it since it, or the host's proxy, started. */
+  readonly cpuSeconds?: number;
 }
 
 /** A data volume as the host of a VM is told of it. */

@@ -375,6 +375,8 @@ export class Cable {
 export class TestHost {
   readonly machines = new TableMachines();
   readonly warmBytes: Record<string, number> = {};
+  /** What it spent on VMs, by their names here. */
+  readonly cpuSeconds = new Map<string, number>();
   /** What it was told to fetch ahead. */
   readonly warmed: string[] = [];
   versions: OfferedVersion[];
@@ -416,6 +418,7 @@ export class TestHost {
       volumes: this.machines.volumes,
       cache: async () => ({ warmBytes: { ...this.warmBytes }, fetchedBytes: 0 }),
       versions: async () => this.versions,
+      spent: async () => new Map([...this.cpuSeconds].map(([id, cpuSeconds]) => [id, { cpuSeconds }])),
       warm: async (image) => void this.warmed.push(image),
       connect: (vm, port, stream) => this.connectStream(vm, port, stream),
       file: this.#file,

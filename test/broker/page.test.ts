@@ -226,6 +226,49 @@ suite('the page of a broker', () => {
     assert.deepEqual(browser.complaints, []);
   });
 
+  test('volumes are made, requested with a machine, shown with who has them, accounted and removed', async () => {
+    await browser.size(1280, 860);
+    await browser.click('Volumes');
+    await browser.until(`document.body.innerText.includes('No data volumes yet')`);
+    await browser.evaluate(
+      `document.getElementById('v-name').value = 'home'; document.getElementById('v-size').value = '4'`,
+    );
+    await browser.click('Make volume');
+    // Live: fails without 'volumes' in tellChanges.
+    const cells = `[...document.querySelectorAll('tbody td')].map((one) => one.textContent)`;
+    await browser.until(`${cells}.includes('free') && ${cells}.includes('4.0 MiB')`);
+    await browser.click('Make volume');
+    await browser.until(`document.querySelector('#content .error').textContent.includes('already')`);
+    browser.complaints.splice(0); // the 409 that this was about
+    await browser.click('Machines');
+    await browser.click('Request machines');
+    await browser.until(`document.getElementById('r-image').options.length >= 3`);
+    await browser.evaluate(`document.getElementById('r-image').value = 'small:1'`);
+    await browser.evaluate(
+      `for (const [id, value] of [['r-name', 'desk'], ['r-count', '1'], ['r-network', ''], ['r-volumes', 'home']]) document.getElementById(id).value = value`,
+    );
+    await browser.click('Request');
+    await eventually(async () => (await states()).includes('running'));
+    await browser.click('Volumes');
+    await browser.until(`${cells}.includes('attached') && ${cells}.includes('desk')`);
+    await shot('11-volumes');
+    await browser.size(390, 844);
+    assert.deepEqual(await tooWide(), []);
+    await shot('12-volumes-phone');
+    await browser.size(1280, 860);
+    assert.ok(
+      (await browser.accessible()).some(({ role, name }) => role === 'table' && name === 'Data volumes'),
+    );
+    await (await running.as('ada')).call('POST', '/v1/workspaces/desk/end', {});
+    await browser.until(`${cells}.includes('free')`);
+    await browser.click('Remove');
+    await browser.until(`document.body.innerText.includes('No data volumes yet')`);
+    await browser.click('Usage');
+    await browser.until(`document.body.innerText.includes('removed')`);
+    assert.match(await browser.text(), /Now: 0 machines.*0 B data volumes/);
+    assert.deepEqual(browser.complaints, []);
+  });
+
   test("another user's page has none of it, and a token that is revoked ends the session", async () => {
     await browser.click('Log out');
     await browser.until(`document.activeElement.id === 'token'`);

@@ -3,6 +3,7 @@ import assert from 'node:assert/strict';
 import { suite, test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
 import type { QuotaInfo, WorkspaceInfo } from '../../src/broker/index.ts';
+import { usageOf } from '../../src/broker/usage.ts';
 import { csvOf } from '../../src/broker/workspace-routes.ts';
 import { GIB } from '../../src/core/limits.ts';
 import { Networks } from '../../src/network/index.ts';
@@ -241,8 +242,8 @@ for (const dialect of DIALECTS) {
     });
 
     test('accounts are exported as CSV, with names that a spreadsheet takes for nothing else', async () => {
-      const rows = await grid.running.broker.requests.usage({ user: 'ada', role: 'user' });
-      assert.ok(rows.length > 0 && csvOf(rows).startsWith('vm,generation,owner,host,'));
+      const rows = await usageOf(grid.running.broker.db, { user: 'ada', role: 'user' });
+      assert.ok(rows.length > 0 && csvOf(rows).startsWith('vm,generation,name,workspace,owner,host,'));
       assert.equal(csvOf([{ a: '=1+1', b: 'x,"y"\n', c: -5 }]), `a,b,c\r\n'=1+1,"x,""y""\n",-5\r\n`);
       const operator = await grid.running.as('root', 'operator');
       assert.ok((await operator.call<unknown[]>('GET', '/v1/usage')).length >= rows.length);

@@ -52,6 +52,12 @@ export function refresh(element, key, make) {
   element.replaceChildren(...[make()].flat().filter((part) => part !== undefined));
 }
 
+/** Content of a cell. */
+export const state = (name) => ({
+  key: name,
+  make: () => h('span', { class: 'state', 'data-state': name }, name),
+});
+
 /** A table with one row per item, kept by its id. `columns`: [head, cell(item) → content, class]. */
 export class Table {
   constructor(columns, label) {

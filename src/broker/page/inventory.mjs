@@ -160,44 +160,77 @@ export class Images {
   }
 }
 
+const gibHours = (byteSeconds) => (byteSeconds / 3600 / 2 ** 30).toFixed(3);
+
 export class Usage {
   constructor(page) {
     this.page = page;
-    this.rows = [];
-    this.list = new Table(
+    this.machines = new Table(
       [
-        ['VM', (row) => row.vm],
+        ['VM', (row) => row.name],
+        ['Workspace', (row) => row.workspace],
         ['Owner', (row) => row.owner],
         ['Host', (row) => row.host],
         ['Time', (row) => `${row.seconds.toFixed(0)} s`, 'number'],
-        ['GiB hours', (row) => (row.memoryByteSeconds / 3600 / 2 ** 30).toFixed(3), 'number'],
+        ['GiB hours', (row) => gibHours(row.memoryByteSeconds), 'number'],
         ['Fetched', (row) => bytesText(row.fetchedBytes), 'number'],
+        ['Stored', (row) => bytesText(row.storedBytes), 'number'],
+        ['CPU', (row) => `${row.cpuSeconds.toFixed(2)} s`, 'number'],
         ['', (row) => (row.running ? 'still running' : '')],
       ],
       'Usage',
     );
+    this.volumes = new Table(
+      [
+        ['Volume', (row) => row.name],
+        ['Owner', (row) => row.owner],
+        ['Size', (row) => bytesText(row.sizeBytes), 'number'],
+        ['GiB hours', (row) => gibHours(row.byteSeconds), 'number'],
+        ['Stored', (row) => bytesText(row.storedBytes), 'number'],
+        ['', (row) => (row.there ? '' : 'removed')],
+      ],
+      'Usage of data volumes',
+    );
     this.total = h('p', { class: 'dim' });
+    this.quota = h('p', { class: 'dim' });
     this.elements = [
       h(
         'div',
         { class: 'head' },
-        h('div', {}, h('h2', {}, 'Usage'), this.total),
+        h('div', {}, h('h2', {}, 'Usage'), this.total, this.quota),
         h('button', { type: 'button', onclick: () => this.load() }, 'Refresh'),
       ),
-      h('div', { class: 'card' }, this.list.element),
+      h('div', { class: 'card' }, this.machines.element),
+      h('div', { class: 'card' }, this.volumes.element),
     ];
   }
 
   async load() {
     try {
-      this.rows = await call('GET', '/v1/usage');
+      const [machines, volumes, quota] = await Promise.all(
+        ['/v1/usage', '/v1/usage?by=volume', '/v1/quota'].map((path) => call('GET', path)),
+      );
+      const sum = (rows, of) => rows.reduce((total, row) => total + of(row), 0);
+      this.total.textContent = [
+        `${gibHours(sum(machines, (row) => row.memoryByteSeconds))} GiB hours of memory`,
+        `${gibHours(sum(volumes, (row) => row.byteSeconds))} of volumes`,
+        `${bytesText(sum(machines, (row) => row.fetchedBytes))} fetched`,
+      ].join(', ');
+      this.quota.textContent = quotaText(quota);
+      this.machines.show(machines, (row) => `${row.vm}.${row.generation}`);
+      this.volumes.show(volumes, (row) => row.volume);
+      this.volumes.element.parentElement.hidden = volumes.length === 0;
     } catch (refused) {
       this.page.tell(refused.message);
     }
-    const sum = (of) => this.rows.reduce((total, row) => total + of(row), 0);
-    this.total.textContent = `${(sum((row) => row.memoryByteSeconds) / 3600 / 2 ** 30).toFixed(3)} GiB hours, ${bytesText(sum((row) => row.fetchedBytes))} fetched`;
-    this.list.show(this.rows, (row) => `${row.vm}.${row.generation}`);
   }
 
   show() {}
+}
+
+/** What one has, of what one may have where that is bounded. */
+function quotaText({ used, ...quota }) {
+  const of = (key, write) =>
+    quota[key] === undefined ? write(used[key]) : `${write(used[key])} of ${write(quota[key])}`;
+  return `Now: ${of('machines', String)} machines, ${of('vcpus', String)} processors, ${of('memoryBytes', bytesText)} memory, ${of('volumeBytes', bytesText)} data volumes`;
 }

@@ -1,13 +1,12 @@
 /** The machines of whoever is logged in: the list, the form to request more, and one of them in detail. */
 import { call } from './api.mjs';
-import { bytesText, h, refresh, secondsText, Table } from './dom.mjs';
+import { bytesText, h, refresh, secondsText, state, Table } from './dom.mjs';
 import { RequestForm } from './request.mjs';
 import { legend, spokenOf, waterfall } from './waterfall.mjs';
 
 const STARTING = ['requested', 'placed'];
 const GONE = ['stopped', 'failed', 'lost'];
 
-const state = (name) => ({ key: name, make: () => h('span', { class: 'state', 'data-state': name }, name) });
 export class Machines {
   constructor(page) {
     this.page = page;

@@ -1,17 +1,22 @@
 /**
- * The broker's page. It holds what the broker last said (hosts, images, VMs, workspaces: whole lists over server-sent events), and
+ * The broker's page. It holds what the broker last said (hosts, images, VMs, workspaces, volumes: whole lists over
+ * server-sent events), and
  * each section draws what it needs of that; elements stay where they are, so that focus and selection do.
  */
 import { call, follow, forgetToken, keepToken, token } from './api.mjs';
 import { place } from './dom.mjs';
 import { Hosts, Images, Usage } from './inventory.mjs';
 import { isMoving, Machines } from './machines.mjs';
+import { Volumes } from './volumes.mjs';
 
 const $ = (id) => document.getElementById(id);
 const TOLD_MS = 5000;
+const nothing = () => ({ hosts: [], images: [], vms: [], workspaces: [], volumes: [] });
 
 const page = {
-  known: { hosts: [], images: [], vms: [], workspaces: [] },
+  known: nothing(),
+  /** Who is logged in. */
+  user: undefined,
   /** Routes of this broker. */
   paths: new Set(),
   /** What the broker's clock is ahead of this one. */
@@ -60,6 +65,7 @@ function announce(before, after) {
 
 function heard(event, data) {
   if (event === 'you') {
+    page.user = data.user;
     $('who').textContent = `${data.user} (${data.role})`;
     page.clockMs = Date.parse(data.now) - Date.now();
     return;
@@ -81,11 +87,12 @@ function enter() {
   ended.abort();
   ended = new AbortController();
   heardOnce = false;
-  page.known = { hosts: [], images: [], vms: [], workspaces: [] };
+  page.known = nothing();
   sections = {
     machines: new Machines(page),
     hosts: new Hosts(page),
     images: new Images(page),
+    volumes: new Volumes(page),
     usage: new Usage(page),
   };
   $('login').hidden = true;

@@ -19,6 +19,13 @@ const number = (id, value, min, max, more = {}) =>
 const text = (id, placeholder) =>
   h('input', { id, pattern: NAME, maxlength: 100, placeholder, 'aria-describedby': `${id}-hint` });
 
+/** 'home, tables:ro' as the broker takes it. */
+const volumesIn = (text) =>
+  text
+    .split(/[\s,]+/)
+    .filter(Boolean)
+    .map((one) => (one.endsWith(':ro') ? { volume: one.slice(0, -3), readOnly: true } : { volume: one }));
+
 export class RequestForm {
   /** `done(workspace)` when one was made, without it when it was given up. */
   constructor(done) {
@@ -39,6 +46,12 @@ export class RequestForm {
         field('r-memory', 'Memory each, MiB', number('r-memory', '512', 16, 4194304, { required: true })),
         field('r-vcpus', 'Processors each', number('r-vcpus', '1', 1, 64, { required: true })),
         field('r-network', 'Virtual network', text('r-network', 'none'), 'joins them, also across hosts'),
+        field(
+          'r-volumes',
+          'Data volumes',
+          h('input', { id: 'r-volumes', placeholder: 'none', 'aria-describedby': 'r-volumes-hint' }),
+          'names with commas; NAME:ro to read one',
+        ),
         field('r-hours', 'Ends after, hours', number('r-hours', '', 1, 8000, { placeholder: 'never' })),
         h(
           'div',
@@ -83,6 +96,7 @@ export class RequestForm {
         restart: this.restart.checked,
         ...given('r-name', 'name'),
         ...given('r-network', 'network'),
+        ...given('r-volumes', 'volumes', volumesIn),
         ...given('r-hours', 'lifetimeMs', (hours) => Number(hours) * HOUR_MS),
       });
       this.done(made);
