@@ -89,8 +89,8 @@ export class Lives {
     if (verb === 'checkpoint') return orderCheckpoint(tx, vm, job);
     if (verb === 'resume') {
       await tx.run(
-        `UPDATE vms SET state = 'requested', wanted = 'running', target = ?, avoid = NULL, failures = 0, ran_ms = ? WHERE id = ?`,
-        ...[options.host ?? null, Date.now(), vm.id],
+        `UPDATE vms SET state = 'requested', wanted = 'running', target = ?, avoid = NULL, failures = 0, ran_ms = ?, asked_ms = ? WHERE id = ?`,
+        ...[options.host ?? null, Date.now(), Date.now(), vm.id],
       );
       return;
     }

@@ -163,4 +163,8 @@ export const MIGRATIONS: readonly (readonly string[])[] = [
     `ALTER TABLE usage ADD COLUMN cpu_ms BIGINT NOT NULL DEFAULT 0`,
     `ALTER TABLE usage ADD COLUMN cpu_told_ms BIGINT NOT NULL DEFAULT 0`,
   ],
+  [
+    // Since when a VM waits, or waited, for its last placement; NULL: since it was requested.
+    `ALTER TABLE vms ADD COLUMN asked_ms BIGINT`,
+  ],
 ];

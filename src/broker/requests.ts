@@ -82,6 +82,8 @@ export interface VmInfo {
   readonly checkpoint?: string;
   readonly checkpointed?: string;
   readonly created: string;
+  /** Since when it waits, or waited, for its last placement: the request, a resumption, a move. */
+  readonly asked: string;
   /** When its last placement was made. */
   readonly placed?: string;
 }
@@ -138,6 +140,7 @@ export function needOf(request: VmRequest): VersionNeed {
 }
 
 function vmInfo(row: VmRow): VmInfo {
+  const askedMs = row.asked_ms ?? row.created_ms;
   return {
     id: row.id,
     name: row.name,
@@ -158,7 +161,11 @@ function vmInfo(row: VmRow): VmInfo {
     ...(row.checkpoint === null ? {} : { checkpoint: row.checkpoint }),
     ...(row.checkpoint_ms === null ? {} : { checkpointed: new Date(row.checkpoint_ms).toISOString() }),
     created: new Date(row.created_ms).toISOString(),
-    ...(row.placed_ms === null ? {} : { placed: new Date(row.placed_ms).toISOString() }),
+    asked: new Date(askedMs).toISOString(),
+    // One of before is told no more.
+    ...(row.placed_ms === null || row.placed_ms < askedMs
+      ? {}
+      : { placed: new Date(row.placed_ms).toISOString() }),
   };
 }
 

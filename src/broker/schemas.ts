@@ -104,6 +104,7 @@ export const vm = answer({
   checkpoint: text,
   checkpointed: text,
   created: text,
+  asked: text,
   placed: text,
 });
 

@@ -30,6 +30,7 @@ export interface VmRow {
   readonly fetched_bytes: number | null;
   readonly console: string | null;
   readonly created_ms: number;
+  readonly asked_ms: number | null;
   readonly placed_ms: number | null;
   readonly ended_ms: number | null;
   readonly checkpoint: string | null;
@@ -187,8 +188,8 @@ export async function endVm(
   }
   if (state === 'requested' || state === 'suspended') {
     await tx.run(
-      `UPDATE vms SET state = ?, host = NULL, reason = ?, console = NULL, timeline = NULL WHERE id = ?`,
-      ...[state, reason, vm.id],
+      `UPDATE vms SET state = ?, host = NULL, reason = ?, console = NULL, timeline = NULL, asked_ms = ? WHERE id = ?`,
+      ...[state, reason, nowMs, vm.id],
     );
   } else {
     await tx.run(

@@ -204,8 +204,19 @@ export class Workspaces {
 
   /** From now on it lives this long. */
   async extend(principal: Principal, which: string, lifetimeMs: number): Promise<WorkspaceInfo> {
-    const { id } = await this.#find(this.#db, principal, which);
-    await this.#db.run('UPDATE workspaces SET ends_ms = ? WHERE id = ?', Date.now() + lifetimeMs, id);
+    const id = await this.#db.transaction(async (tx) => {
+      const { id: found, name, ends_ms: ends } = await this.#find(tx, principal, which);
+      const endsMs = Date.now() + lifetimeMs;
+      if (ends !== null && endsMs < ends) {
+        const until = new Date(ends).toISOString();
+        throw new GridError(
+          'bad-request',
+          `workspace '${name}' lives until ${until} already; say a longer time, which counts from now`,
+        );
+      }
+      await tx.run('UPDATE workspaces SET ends_ms = ? WHERE id = ?', endsMs, found);
+      return found;
+    });
     return this.get(principal, id);
   }
 

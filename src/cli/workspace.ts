@@ -36,7 +36,7 @@ function details(one: WorkspaceInfo): string {
     `fetched ${bytesText(one.fetchedBytes)}`,
   ].join('   ');
   const placedMs = (vm: WorkspaceInfo['machines'][number]) =>
-    vm.placed === undefined ? undefined : Date.parse(vm.placed) - Date.parse(vm.created);
+    vm.placed === undefined ? undefined : Date.parse(vm.placed) - Date.parse(vm.asked);
   const rows = one.machines.map((vm) => [
     vm.name,
     vm.state,
@@ -272,7 +272,9 @@ function actionVerb(name: keyof typeof ACTIONS): Command {
 
 function extendVerb(): Command {
   return withBroker(
-    verb('extend', 'Let a workspace live this long from now on.', ['gridvfs workspace extend lab 4h']),
+    verb('extend', 'Let a workspace live this long from now on; never shorter than it would.', [
+      'gridvfs workspace extend lab 12h',
+    ]),
   )
     .argument('<workspace>')
     .argument('<duration>', 'e.g. 4h', parseDuration)

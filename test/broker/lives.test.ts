@@ -26,17 +26,20 @@ for (const dialect of DIALECTS) {
       home.machines.contents.set(first.placedAs!, 'nonce');
       const suspended = await act('web', 'suspend');
       assert.equal(suspended.state, 'done', JSON.stringify(suspended));
-      assert.equal((await vm('web')).state, 'suspended');
-      assert.equal((await vm('web')).host, undefined);
+      const asleep = await vm('web');
+      assert.deepEqual([asleep.state, asleep.host, asleep.placed], ['suspended', undefined, undefined]);
       // What is on the first host's disk is thrown away once the checkpoint is in the store.
       await eventually(() => home.machines.vms.size === 0);
       const free = (await user.call<HostInfo[]>('GET', '/v1/hosts')).map(({ future }) => future.memoryBytes);
       assert.deepEqual(free, [16 * GIB, 16 * GIB]);
 
+      const suspendedMs = Date.now();
       const resumed = await act('web', 'resume', { host: other.facts.host });
       assert.equal(resumed.state, 'done', JSON.stringify(resumed));
       const there = await vm('web');
       assert.equal(there.host, other.facts.host);
+      // What it waited for a host is counted from its resumption. Fails without asked_ms in #begin.
+      assert.ok(Date.parse(there.asked) >= suspendedMs && there.placed! >= there.asked);
       assert.equal(other.machines.contents.get(there.placedAs!), 'nonce');
 
       const moved = await act('web', 'move');

@@ -143,6 +143,11 @@ for (const dialect of DIALECTS) {
         lifetimeMs: 3_600_000,
       });
       assert.ok(Date.parse(extended.ends!) > Date.now() + 3_000_000);
+      // Fails without the look at ends_ms in extend: it would end sooner.
+      await assert.rejects(dora.call('POST', '/v1/workspaces/long/extend', { lifetimeMs: 60_000 }), {
+        code: 'bad-request',
+        message: /'long' lives until \S+Z already/,
+      });
       await eventually(async () => (await dora.call<unknown[]>('GET', '/v1/workspaces')).length === 1);
       await sleep(200);
       assert.equal((await dora.call<WorkspaceInfo>('GET', '/v1/workspaces/long')).ends, extended.ends);

@@ -226,7 +226,7 @@ export class Machines {
 function readyAfter(vm) {
   const readyMs = vm.timeline?.readyMs;
   if (readyMs === undefined) return '';
-  const waitedMs = vm.placed === undefined ? 0 : Date.parse(vm.placed) - Date.parse(vm.created);
+  const waitedMs = vm.placed === undefined ? 0 : Date.parse(vm.placed) - Date.parse(vm.asked);
   return secondsText(readyMs + Math.max(0, waitedMs));
 }
 

@@ -1,7 +1,7 @@
 /** The timeline of instantiations as bars over one axis of seconds: a row per phase of one VM, or a row per VM. */
 import { h, s, secondsText } from './dom.mjs';
 
-/** What a VM went through, in order. `of` says when it was over, in milliseconds since the request. */
+/** What a VM went through, in order. `of` says when it was over, in milliseconds since it was asked for. */
 const PHASES = [
   ['queued', 'Queued', 'waited for a host'],
   ['cloned', 'Mounted', 'a clone of its image on the mount'],
@@ -16,8 +16,8 @@ const ROW = 26;
 
 /** [{ phase, fromMs, toMs, open }], `open`: goes on. */
 export function phasesOf(vm, nowMs) {
-  const created = Date.parse(vm.created);
-  const placed = vm.placed === undefined ? undefined : Date.parse(vm.placed) - created;
+  const asked = Date.parse(vm.asked);
+  const placed = vm.placed === undefined ? undefined : Date.parse(vm.placed) - asked;
   const { clonedMs, startedMs, readyMs } = vm.timeline ?? {};
   const ends = [
     placed,
@@ -31,7 +31,7 @@ export function phasesOf(vm, nowMs) {
     const to = ends[at];
     if (to === undefined) {
       const waiting = vm.state === 'requested' || vm.state === 'placed';
-      if (waiting) spans.push({ phase, fromMs: from, toMs: Math.max(from, nowMs - created), open: true });
+      if (waiting) spans.push({ phase, fromMs: from, toMs: Math.max(from, nowMs - asked), open: true });
       break;
     }
     spans.push({ phase, fromMs: from, toMs: Math.max(from, to), open: false });
@@ -65,8 +65,8 @@ export function waterfall(vms, nowMs, width) {
     vms.length === 1
       ? phasesOf(vms[0], nowMs).map((span) => ({ label: labelOf(span.phase), spans: [span] }))
       : vms.map((vm) => ({ label: vm.name, spans: phasesOf(vm, nowMs) }));
-  const start = Math.min(...vms.map((vm) => Date.parse(vm.created)));
-  const offset = (vm) => Date.parse(vm.created) - start;
+  const start = Math.min(...vms.map((vm) => Date.parse(vm.asked)));
+  const offset = (vm) => Date.parse(vm.asked) - start;
   const totalMs = Math.max(
     1,
     ...vms.flatMap((vm) => phasesOf(vm, nowMs).map(({ toMs }) => toMs + offset(vm))),
