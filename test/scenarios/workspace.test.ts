@@ -259,8 +259,29 @@ suite(`a workspace of ${COUNT} machines over ${HOSTS.length} hosts`, () => {
   test('ended, all of it is released and accounted', async () => {
     await workspace('ada', 'end', 'lab');
     assert.deepEqual(await world.json('workspace', 'ls', ...grid.as('ada')), []);
-    const usage = await grid.ask<{ running: boolean; seconds: number }[]>('ada', 'usage');
+    const usage = await grid.ask<{ running: boolean; seconds: number; cpuSeconds: number }[]>('ada', 'usage');
     assert.ok(usage.length > COUNT && usage.every(({ running, seconds }) => !running && seconds > 0));
+    // Fails without `spent` in linkToBroker.
+    assert.ok(
+      usage.every(({ cpuSeconds }) => cpuSeconds > 0),
+      JSON.stringify(usage),
+    );
+    const [lab] = (
+      await grid.ask<{ name: string; vms: number; storedBytes: number }[]>(
+        'ada',
+        'usage',
+        '--by',
+        'workspace',
+      )
+    ).filter(({ name }) => name === 'lab');
+    assert.equal(lab!.vms, COUNT);
+    const volumes = await grid.ask<{ name: string; byteSeconds: number; storedBytes: number }[]>(
+      ...(['ada', 'usage', '--by', 'volume'] as const),
+    );
+    for (const name of ['tables', 'home']) {
+      const one = volumes.find((each) => each.name === name)!;
+      assert.ok(one.byteSeconds > 4 * 2 ** 20 && one.storedBytes > 0, JSON.stringify(volumes));
+    }
     const hosts = await grid.ask<HostInfo[]>('ada', 'hosts');
     assert.ok(hosts.every(({ vms, future }) => vms === 0 && future.memoryBytes === 2 ** 30));
     for (const name of ['tables', 'home']) {
