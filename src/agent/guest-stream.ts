@@ -1,8 +1,10 @@
-/** A stream to a TCP port of a guest, for a user who comes by way of the broker. */
+/** Streams to a TCP port or the console of a guest, for a user who comes by way of the broker. */
 import { once } from 'node:events';
+import { open } from 'node:fs/promises';
 import net from 'node:net';
 import type { Duplex } from 'node:stream';
 import { GridError } from '../core/errors.ts';
+import { KIB } from '../core/limits.ts';
 import type { Machine } from '../core/machine.ts';
 
 /** Throws unsupported, vm-failed. What the guest does not listen at closes at once. */
@@ -20,6 +22,30 @@ export async function openGuestStream(machine: Machine, port: number): Promise<D
   } finally {
     // It is this stream's alone: nobody else on the host gets by it to the guest afterwards.
     await forward.close().catch(() => undefined);
+  }
+}
+
+/** What is shown of a console's past. */
+const CONSOLE_PAST_BYTES = 8 * KIB;
+
+/** The first serial console, and the end of what was said on it. One client at a time is served: others wait. */
+export async function openConsole(
+  machine: Machine,
+): Promise<{ readonly stream: Duplex; readonly past: Buffer }> {
+  try {
+    const log = await open(machine.consoleLog, 'r');
+    try {
+      const { size } = await log.stat();
+      const past = Buffer.alloc(Math.min(size, CONSOLE_PAST_BYTES));
+      const { bytesRead } = await log.read(past, 0, past.length, size - past.length);
+      const stream = net.connect(machine.consoleSocket);
+      await once(stream, 'connect');
+      return { stream, past: past.subarray(0, bytesRead) };
+    } finally {
+      await log.close();
+    }
+  } catch (cause) {
+    throw new GridError('vm-failed', `the console of ${machine.description.name} does not answer`, { cause });
   }
 }
 

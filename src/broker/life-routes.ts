@@ -39,6 +39,49 @@ export function lifeRoutes(app: FastifyInstance, broker: Broker): void {
       return broker.requests.vm(principal, await broker.lives.stop(principal, request.params.id, graceMs));
     },
   );
+  app.get<{ Params: { id: string } }>(
+    '/v1/vms/:id/console',
+    {
+      config,
+      schema: {
+        description:
+          'The end of what its guest said on its first serial console, and what it says from then on.',
+        params: schemas.nameParams,
+        response: failures,
+      },
+    },
+    async (request, reply) => {
+      const { raw } = reply;
+      const far = await broker.streams.openConsole(principalOf(request), request.params.id, raw);
+      reply.hijack();
+      raw.writeHead(200, {
+        'content-type': 'application/octet-stream',
+        'cache-control': 'no-store',
+        'x-content-type-options': 'nosniff',
+      });
+      raw.flushHeaders();
+      far.pipe(raw);
+      far.once('close', () => raw.end());
+      raw.once('close', () => far.destroy());
+      return reply;
+    },
+  );
+  app.post<{ Params: { id: string }; Body: { text: string } }>(
+    '/v1/vms/:id/console',
+    {
+      config,
+      schema: {
+        description: 'Types to the console that one has open.',
+        params: schemas.nameParams,
+        body: schemas.object({ text: { type: 'string', maxLength: 4096 } }, ['text']),
+        response: { 200: schemas.nothing, ...failures },
+      },
+    },
+    async (request) => {
+      await broker.streams.type(principalOf(request), request.params.id, request.body.text);
+      return {};
+    },
+  );
   const accepted = (body: object) => ({
     config,
     schema: {

@@ -23,6 +23,7 @@ const FILES = {
   'machines.mjs': 'text/javascript; charset=utf-8',
   'request.mjs': 'text/javascript; charset=utf-8',
   'inventory.mjs': 'text/javascript; charset=utf-8',
+  'console.mjs': 'text/javascript; charset=utf-8',
   'volumes.mjs': 'text/javascript; charset=utf-8',
   'waterfall.mjs': 'text/javascript; charset=utf-8',
 } as const;

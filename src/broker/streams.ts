@@ -1,8 +1,9 @@
 /**
- * Streams from users to their guests (`gridvfs workspace ssh`). Hosts call the broker, so a user's request waits here
+ * Streams from users to their guests (`gridvfs workspace ssh`, and the console on the page). Hosts call the broker, so a user's request waits here
  * until the host of the VM, told by an order, has opened the other end:
  *
  *   GET /v1/vms/<vm>/connect?port=22                Upgrade: gridvfs-stream, under the user's token
+ *   GET, POST /v1/vms/<vm>/console                  without an upgrade, for browsers: what the guest says, what is typed
  *   GET /v1/agent/streams/<stream>?host=…           Upgrade: gridvfs-stream, under that of the host's agent
  *
  * A stream has a name that cannot be guessed, is for one host, and is taken once.
@@ -12,6 +13,7 @@ import type http from 'node:http';
 import type { Duplex } from 'node:stream';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { asGridError, GridError } from '../core/errors.ts';
+import { CONSOLE_PORT } from '../core/grid.ts';
 import type { Access, Principal } from './access.ts';
 import type { Database } from './database.ts';
 import type { Requests } from './requests.ts';
@@ -31,6 +33,11 @@ export function isStreamRequest(request: http.IncomingMessage): boolean {
   return USER_PATH.test(pathname) || AGENT_PATH.test(pathname);
 }
 
+/** Who asked, until the connection is gone. */
+interface Leaving {
+  once(event: 'close', listener: () => void): unknown;
+}
+
 interface Waiting {
   readonly host: string;
   take(socket: Duplex): void;
@@ -48,6 +55,8 @@ export interface StreamParts {
 export class Streams {
   readonly #parts: StreamParts;
   readonly #waiting = new Map<string, Waiting>();
+  /** Consoles that are open, by user and VM. */
+  readonly #consoles = new Map<string, Duplex>();
 
   constructor(parts: StreamParts) {
     this.#parts = parts;
@@ -89,9 +98,12 @@ export class Streams {
     const stream = AGENT_PATH.exec(url.pathname)?.[1];
     if (stream !== undefined) return this.#takeAgent(principal, stream, url, socket);
     if (principal.role === 'agent') throw new GridError('denied', 'streams to guests are for users');
-    const port = Number(url.searchParams.get('port'));
-    if (!Number.isInteger(port) || port < 1 || port > 65_535)
-      throw new GridError('bad-request', 'a port is a number from 1 to 65535');
+    const port = Number(url.searchParams.get('port') ?? Number.NaN);
+    if (port !== CONSOLE_PORT && (!Number.isInteger(port) || port < 1 || port > 65_535))
+      throw new GridError(
+        'bad-request',
+        `a port is a number from 1 to 65535, or ${CONSOLE_PORT}: the console`,
+      );
     const far = await this.#connect(principal, USER_PATH.exec(url.pathname)![1]!, port, socket);
     accept(socket);
     join(socket, far);
@@ -110,8 +122,31 @@ export class Streams {
     waiting.take(socket);
   }
 
+  /** The console of a VM, in place of the one that the user had open. Throws like #connect. */
+  async openConsole(principal: Principal, which: string, user: Leaving): Promise<Duplex> {
+    const { db, requests } = this.#parts;
+    const { id } = await requests.find(db, principal, which);
+    const key = `${principal.user} ${id}`;
+    this.#consoles.get(key)?.destroy();
+    const far = await this.#connect(principal, id, CONSOLE_PORT, user);
+    this.#consoles.set(key, far);
+    far.once('close', () => {
+      if (this.#consoles.get(key) === far) this.#consoles.delete(key);
+    });
+    return far;
+  }
+
+  /** Types to the console that the user has open. Throws not-found, closed. */
+  async type(principal: Principal, which: string, text: string): Promise<void> {
+    const { db, requests } = this.#parts;
+    const { id, name } = await requests.find(db, principal, which);
+    const far = this.#consoles.get(`${principal.user} ${id}`);
+    if (far === undefined) throw new GridError('closed', `you have no console of VM '${name}' open`);
+    far.write(text);
+  }
+
   /** The other end. Throws not-found, in-use, timeout, and what the host answered. */
-  async #connect(principal: Principal, which: string, port: number, user: Duplex): Promise<Duplex> {
+  async #connect(principal: Principal, which: string, port: number, user: Leaving): Promise<Duplex> {
     const { db, requests, wake } = this.#parts;
     const vm = await requests.find(db, principal, which);
     if (vm.state !== 'running' || vm.host === null)

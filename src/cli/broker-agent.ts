@@ -7,7 +7,7 @@ import { BrokerClient, readToken } from '../agent/broker-client.ts';
 import { BrokerLink } from '../agent/broker-link.ts';
 import type { Clones } from '../agent/clones.ts';
 import { LABEL_SHELL, runInGuest } from '../agent/guest-command.ts';
-import { joinStreams, openGuestStream } from '../agent/guest-stream.ts';
+import { joinStreams, openConsole, openGuestStream } from '../agent/guest-stream.ts';
 import type { GridVolumes } from '../agent/grid-volumes.ts';
 import type { LinkMachines } from '../agent/broker-orders.ts';
 import type { Checkpoints } from '../agent/checkpoints.ts';
@@ -16,7 +16,7 @@ import type { Spending } from '../agent/vm-spending.ts';
 import type { Digest } from '../core/bytes.ts';
 import { asGridError, GridError } from '../core/errors.ts';
 import type { OfferedVersion } from '../core/grid.ts';
-import { CHECKPOINT_IMAGE, VOLUME_IMAGE } from '../core/grid.ts';
+import { CHECKPOINT_IMAGE, CONSOLE_PORT, VOLUME_IMAGE } from '../core/grid.ts';
 import { MIB } from '../core/limits.ts';
 import { isName } from '../core/manifest.ts';
 import type { Manifest, Tag } from '../core/manifest.ts';
@@ -147,10 +147,16 @@ export async function linkToBroker(
       for (const part of new Set([...Object.values(manifest.parts), digest])) await cache.warm(part, {});
     },
     async connect(vm, port, stream) {
-      const near = await openGuestStream(proxy.machines.find(vm).machine, port);
+      const { machine } = proxy.machines.find(vm);
+      const { stream: near, past } =
+        port === CONSOLE_PORT
+          ? await openConsole(machine)
+          : { stream: await openGuestStream(machine, port), past: undefined };
       try {
         const route = `/v1/agent/streams/${stream}?host=${encodeURIComponent(host)}`;
-        joinStreams(near, await client.upgrade(route, 'gridvfs-stream'));
+        const far = await client.upgrade(route, 'gridvfs-stream');
+        if (past !== undefined) far.write(past);
+        joinStreams(near, far);
       } catch (error) {
         near.destroy();
         throw error;

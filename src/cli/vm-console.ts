@@ -1,13 +1,13 @@
 /** A terminal on a VM's serial console. */
 import net from 'node:net';
+import type { Duplex } from 'node:stream';
 import { asGridError, GridError } from '../core/errors.ts';
 
 /** Ctrl-], as telnet has it. */
 const ESCAPE = 0x1d;
 
-/** Joins this process's terminal (or pipe) and the console until either ends, or Ctrl-]. Throws not-found. */
+/** Joins this process's terminal (or pipe) and the console at a socket until either ends, or Ctrl-]. Throws not-found. */
 export async function attachConsole(socketPath: string): Promise<void> {
-  const { stdin, stdout } = process;
   const socket = net.connect(socketPath);
   const { promise, resolve, reject } = Promise.withResolvers<void>();
   socket.on('error', (error) => reject(asGridError(error, `the console at ${socketPath} cannot be reached`)));
@@ -18,6 +18,12 @@ export async function attachConsole(socketPath: string): Promise<void> {
       throw new GridError('not-found', `the console at ${socketPath} is gone`);
     }),
   ]);
+  await attachTo(socket, promise);
+}
+
+/** The same for a console that is reached already; `ended` settles when it is over. */
+export async function attachTo(socket: Duplex, ended: Promise<void>): Promise<void> {
+  const { stdin, stdout } = process;
   if (stdin.isTTY) {
     stdin.setRawMode(true);
     process.stderr.write('gridvfs: attached; Ctrl-] ends it\r\n');
@@ -32,7 +38,7 @@ export async function attachConsole(socketPath: string): Promise<void> {
   stdin.once('end', () => socket.end());
   socket.pipe(stdout, { end: false });
   try {
-    await promise;
+    await ended;
   } finally {
     stdin.off('data', typed);
     if (stdin.isTTY) stdin.setRawMode(false);

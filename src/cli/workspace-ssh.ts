@@ -1,12 +1,14 @@
-/** gridvfs workspace ssh: OpenSSH to a machine, by a stream through the broker and its host. */
+/** gridvfs workspace ssh, connect, console: to a machine, by a stream through the broker and its host. */
 import { spawn } from 'node:child_process';
 import path from 'node:path';
 import type { Command } from 'commander';
 import type { VmInfo } from '../broker/index.ts';
 import { asGridError } from '../core/errors.ts';
+import { CONSOLE_PORT } from '../core/grid.ts';
 import { withBroker, withClient } from './broker-kit.ts';
 import type { Connection } from './broker-kit.ts';
 import { parseCount, verb } from './kit.ts';
+import { attachTo } from './vm-console.ts';
 
 const MAIN = path.resolve(import.meta.dirname, '..', `main${path.extname(import.meta.filename)}`);
 const SSH_PORT = 22;
@@ -81,4 +83,22 @@ function connectVerb(): Command {
     });
 }
 
-export const sshVerbs = (): Command[] => [sshVerb(), connectVerb()];
+function consoleVerb(): Command {
+  return withBroker(
+    verb(
+      'console',
+      'Attach this terminal to the serial console of a machine, wherever it runs; Ctrl-] ends it.',
+      ['gridvfs workspace console lab-1'],
+    ),
+  )
+    .argument('<vm>')
+    .action(async (which: string, options: Connection) => {
+      await withClient(options, async (client) => {
+        const route = `/v1/vms/${encodeURIComponent(which)}/connect?port=${CONSOLE_PORT}`;
+        const stream = await client.upgrade(route, 'gridvfs-stream');
+        await attachTo(stream, new Promise((resolve) => stream.once('close', () => resolve())));
+      });
+    });
+}
+
+export const sshVerbs = (): Command[] => [sshVerb(), connectVerb(), consoleVerb()];

@@ -177,7 +177,7 @@ export type Order =
       readonly command: string;
       readonly timeoutMs: number;
     }
-  /** A stream to a TCP port of its guest, for the one who waits for `stream` at the broker. */
+  /** A stream to a TCP port of its guest, or its console, for the one who waits for `stream` at the broker. */
   | {
       readonly id: string;
       readonly kind: 'connect';
@@ -218,6 +218,9 @@ export type Order =
   | { readonly id: string; readonly kind: 'warm'; readonly image: string }
   /** Looks at the source's tags now; the next report has them. */
   | { readonly id: string; readonly kind: 'refresh' };
+
+/** Instead of a TCP port: the guest's first serial console, with the end of what it said before. */
+export const CONSOLE_PORT = 0;
 
 /** Names of VMs on hosts that are a broker's. */
 export const PLACED_VM = /^g[0-9a-f]{12}\.\d{1,9}$/;

@@ -78,7 +78,7 @@ suite('the API of a broker', () => {
         ...['/v1/images/{id}/warm', '/v1/schedules', '/v1/schedules/{id}'],
         ...['/v1/networks', '/v1/links', '/v1/links/{a}/{b}'],
         ...['/v1/vms', '/v1/vms/explain', '/v1/vms/{id}'],
-        ...['checkpoint', 'commit', 'move', 'resume', 'stop', 'suspend'].map(
+        ...['checkpoint', 'commit', 'console', 'move', 'resume', 'stop', 'suspend'].map(
           (verb) => `/v1/vms/{id}/${verb}`,
         ),
       ];

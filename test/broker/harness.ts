@@ -434,6 +434,7 @@ export class TestHost {
     if (port === 23) throw new GridError('unsupported', 'no such network');
     const route = `/v1/agent/streams/${stream}?host=${this.facts.host}`;
     const far = await this.#client!.upgrade(route, 'gridvfs-stream');
+    far.on('error', () => {}); // who listened may go at any moment
     far.write(`${vm} ${port}\n`);
     far.pipe(far);
   }

@@ -193,6 +193,18 @@ suite('the page of a broker', () => {
     await browser.until(`document.getElementById('detail-title').textContent === 'web-2'`);
     assert.equal(await browser.evaluate('document.activeElement.id'), 'detail-title');
     assert.match(await browser.text(), /10\.64\.0\.3/);
+    const says = (text: string) =>
+      `document.querySelector('pre.console').textContent.includes(${JSON.stringify(text)})`;
+    await browser.click('Console');
+    await browser.until(says(' 0\n')); // how a guest of these tests begins
+    await browser.type('\u001b[1mecho <b>bold</b>');
+    await browser.press('Enter');
+    await browser.until(says('echo <b>bold</b>\n'));
+    assert.equal(await browser.evaluate(`document.querySelector('pre.console').children.length`), 0);
+    await shot('6-console');
+    await browser.click('web-3');
+    await browser.until(`document.querySelector('.console-form').hidden`);
+    await browser.click('web-2');
     await browser.click('End');
     await ended('web-2');
     await browser.click('web-1');

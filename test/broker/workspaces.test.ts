@@ -1,5 +1,7 @@
 /** Workspaces: asked for, listed, refused, ended together; their network, their quota and their accounts. */
 import assert from 'node:assert/strict';
+import { once } from 'node:events';
+import http from 'node:http';
 import { suite, test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
 import type { QuotaInfo, WorkspaceInfo } from '../../src/broker/index.ts';
@@ -10,6 +12,9 @@ import { Networks } from '../../src/network/index.ts';
 import { DIALECTS, eventually, version } from './harness.ts';
 import type { Running } from './harness.ts';
 import { northAndSouth } from './scene.ts';
+
+/** What takes milliseconds: without what it guards, a test is to fail soon. */
+const GUARD_MS = 20_000;
 
 for (const dialect of DIALECTS) {
   suite(`workspaces (${dialect})`, () => {
@@ -217,6 +222,35 @@ for (const dialect of DIALECTS) {
       await assert.rejects(open(gil, 'shell', 70_000), { code: 'bad-request' });
       const agent = await grid.running.as('hosts', 'agent');
       await assert.rejects(open(agent, 'shell'), { code: 'denied' });
+      // Its console is nobody else's either; what is typed goes to the one that is open.
+      const route = '/v1/vms/shell/console';
+      const type = (client: typeof gil, text: string) => client.call('POST', route, { text });
+      await assert.rejects(type(gil, 'x'), { code: 'closed', message: /no console of VM 'shell' open/ });
+      await assert.rejects(other.call('GET', route), { code: 'not-found' });
+      await assert.rejects(agent.call('GET', route), { code: 'denied' });
+      const { token } = await grid.running.broker.access.create('gil', 'user');
+      const watch = http
+        .get({
+          ...{ socketPath: grid.running.socket, path: route },
+          headers: { authorization: `Bearer ${token}` },
+        })
+        .on('error', () => {});
+      const [said] = (await once(watch, 'response')) as [http.IncomingMessage];
+      let words = '';
+      said.on('data', (part: Buffer) => (words += String(part))).on('error', () => {});
+      await type(gil, 'typed\n');
+      await eventually(() => words === `${machines[0]!.placedAs} 0\ntyped\n`, GUARD_MS);
+      await assert.rejects(type(other, 'x'), { code: 'not-found' });
+      // Gone with who looks. Fails without the end of `far` when `raw` has closed.
+      watch.destroy();
+      await eventually(
+        () =>
+          type(gil, 'x').then(
+            () => false,
+            () => true,
+          ),
+        GUARD_MS,
+      );
       const guess = `/v1/agent/streams/${'0'.repeat(32)}?host=${machines[0]!.host}`;
       await assert.rejects(agent.upgrade(guess, 'gridvfs-stream'), { code: 'denied' });
       await gil.call('POST', '/v1/workspaces/shell/end', {});

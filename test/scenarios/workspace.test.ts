@@ -140,6 +140,19 @@ suite(`a workspace of ${COUNT} machines over ${HOSTS.length} hosts`, () => {
     client.stdin.end();
     await once(client, 'exit', { signal });
 
+    // Its console, with what it said before anybody looked.
+    const terminal = spawn(process.execPath, [MAIN, 'workspace', 'console', last.name, ...grid.as('ada')], {
+      stdio: ['pipe', 'pipe', 'inherit'],
+      env: world.environment,
+    });
+    let heard = '';
+    terminal.stdout.on('data', (text: Buffer) => (heard += String(text)));
+    terminal.stdin.write('echo con-$((6*7))\n');
+    await eventually(() => heard.includes('con-42'), 60_000);
+    assert.match(heard, /e-42/);
+    terminal.stdin.end();
+    await once(terminal, 'exit', { signal: AbortSignal.timeout(60_000) });
+
     const shown = await world.run('workspace', 'show', 'lab', ...grid.as('ada'));
     assert.match(shown.stdout, /volume tables: lab-1 \(ro\), lab-2 \(ro\)/);
     assert.match(shown.stdout, /lab-1 +running +\S+ +10\.64\.\d\.2 /);

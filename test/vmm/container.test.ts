@@ -67,6 +67,7 @@ if (isRoot()) {
     await once(daemon, 'exit');
     assert.ok(existsSync(`/proc/${pid}/exe`), 'the container went with the daemon');
     const adopted = (await createContainers().adopt(folder))!;
+    t.after(() => adopted.stop(0).catch(() => undefined)); // also where something below fails
     assert.deepEqual([adopted.status().state, adopted.status().pid], ['running', pid]);
     await assert.rejects(createContainers().start(description, folder), failsWith('in-use', /still runs/));
 

@@ -37,6 +37,11 @@ export async function call(method, path, body) {
   return response.status === 204 ? undefined : response.json();
 }
 
+/** What is answered as it comes, until `signal` is aborted. */
+export async function read(path, signal) {
+  return (await answerOf(await fetch(path, { headers: headers(), cache: 'no-store', signal }))).body;
+}
+
 /**
  * Server-sent events of /v1/events; `EventSource` cannot send a token. `heard(event, data)` for each, `live(yes)` when
  * the connection comes and goes. Connects again until `signal` is aborted; rejects when the token is refused.

@@ -1,5 +1,6 @@
 /** The machines of whoever is logged in: the list, the form to request more, and one of them in detail. */
 import { call } from './api.mjs';
+import { Console } from './console.mjs';
 import { bytesText, h, refresh, secondsText, state, Table } from './dom.mjs';
 import { RequestForm } from './request.mjs';
 import { legend, spokenOf, waterfall } from './waterfall.mjs';
@@ -81,6 +82,7 @@ export class Machines {
     this.drawing = h('div');
     this.spoken = h('p', { class: 'dim' });
     this.problem = h('p', { class: 'error', role: 'alert' });
+    this.console = new Console();
     this.detail.append(
       h('div', { class: 'head' }, h('div', {}, this.title, this.stateLine), this.actions),
       this.problem,
@@ -88,10 +90,12 @@ export class Machines {
       h('h3', {}, 'Timeline'),
       this.drawing,
       this.spoken,
+      this.console.element,
     );
   }
 
   select(id) {
+    if (this.console.of !== id) this.console.close();
     this.open = id;
     this.toFocus = id;
     this.problem.textContent = '';
@@ -121,7 +125,9 @@ export class Machines {
 
   #showActions(vm) {
     const verbs = this.#verbs(vm);
-    refresh(this.actions, JSON.stringify([vm.id, verbs]), () => [
+    const hasConsole = vm.state === 'running' && this.page.paths.has('/v1/vms/{id}/console');
+    if (!hasConsole) this.console.close();
+    refresh(this.actions, JSON.stringify([vm.id, verbs, hasConsole]), () => [
       ...verbs.map(([path, label, body]) =>
         h(
           'button',
@@ -133,6 +139,9 @@ export class Machines {
           label,
         ),
       ),
+      hasConsole
+        ? h('button', { type: 'button', onclick: () => this.console.open(vm.id) }, 'Console')
+        : undefined,
       h('button', { type: 'button', class: 'quiet', onclick: () => this.#close() }, 'Close'),
     ]);
   }
