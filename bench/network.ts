@@ -16,6 +16,7 @@ import path from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { parseArgs } from 'node:util';
 import { table } from '../src/cli/kit.ts';
+import { freePort } from '../src/core/ports.ts';
 import { buildGuest, guestCacheFolder } from './guest/build.ts';
 import type { BuiltGuest } from './guest/build.ts';
 import { startService } from './lib/child.ts';
@@ -193,10 +194,7 @@ async function guests(one: Service, two: Service): Promise<Row[]> {
     folder: path.join(guestCacheFolder(), 'small'),
     progress: say,
   });
-  const probe = net.createServer().listen(0, '127.0.0.1');
-  await new Promise((resolve) => probe.once('listening', resolve));
-  const { port } = probe.address() as net.AddressInfo;
-  await new Promise((resolve) => probe.close(resolve));
+  const port = await freePort();
   const stream = (name: string) => `stream,server=on,addr.type=unix,addr.path=${at(name)}`;
   const consoles: Console[] = [];
   for (const [index, own] of [

@@ -8,6 +8,7 @@ import { createHash } from 'node:crypto';
 import { existsSync } from 'node:fs';
 import net from 'node:net';
 import path from 'node:path';
+import { freePort } from '../../src/core/ports.ts';
 import { knownHostsLine, PEERS, versionOf } from './peers.ts';
 import type { Ground, Peer } from './peers.ts';
 import { commandLine, runProgram, startProgram } from './program.ts';
@@ -125,14 +126,6 @@ const qemuSsh: BootPeer = {
 };
 
 export const BOOT_PEERS: readonly BootPeer[] = [...PEERS.map(asBootPeer), qemuNbd, qemuSsh];
-
-async function freePort(): Promise<number> {
-  const server = net.createServer();
-  await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve));
-  const { port } = server.address() as net.AddressInfo;
-  await new Promise((resolve) => server.close(resolve));
-  return port;
-}
 
 function connects(port: number): Promise<boolean> {
   return new Promise((resolve) => {

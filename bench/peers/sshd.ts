@@ -4,9 +4,9 @@
  */
 import { chmod, mkdir, readFile, writeFile } from 'node:fs/promises';
 import net from 'node:net';
-import type { AddressInfo } from 'node:net';
 import os from 'node:os';
 import path from 'node:path';
+import { freePort } from '../../src/core/ports.ts';
 import { runProgram, startProgram } from './program.ts';
 
 export interface Sshd {
@@ -58,14 +58,6 @@ export async function startSshd(folder: string, listen = '127.0.0.1'): Promise<S
     hostKey: (await readFile(`${hostKey}.pub`, 'utf8')).trim(),
     stop: () => server.stop(),
   };
-}
-
-async function freePort(): Promise<number> {
-  const server = net.createServer();
-  await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve));
-  const { port } = server.address() as AddressInfo;
-  await new Promise((resolve) => server.close(resolve));
-  return port;
 }
 
 function answers(port: number): Promise<boolean> {

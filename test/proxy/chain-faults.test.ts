@@ -19,7 +19,8 @@ import { openStore } from '../../src/store/index.ts';
 import { FlippingRelay } from '../faults/flipping-relay.ts';
 import { makeFixtureStore, randomNumbers } from '../suites/fixtures.ts';
 import type { FixtureStore } from '../suites/fixtures.ts';
-import { clientOptions, freePort, makeGround, serveSsh } from './kit.ts';
+import { freePort } from '../../src/core/ports.ts';
+import { clientOptions, makeGround, serveSsh } from './kit.ts';
 import type { Ground } from './kit.ts';
 
 const LONG = process.env['GRIDVFS_LONG'] === '1';

@@ -15,7 +15,8 @@ import type { ChunkSource, Priority } from '../../src/core/source.ts';
 import { openStore } from '../../src/store/index.ts';
 import { FaultySource } from '../faults/faulty-source.ts';
 import { SUITE_FIXTURE, chunkSourceSuite } from '../suites/chunk-source.ts';
-import { failsWith, freePort, makeGround, refsOf, until } from './kit.ts';
+import { freePort } from '../../src/core/ports.ts';
+import { failsWith, makeGround, refsOf, until } from './kit.ts';
 import type { Ground } from './kit.ts';
 
 let ground: Ground;

@@ -12,16 +12,8 @@ import type { SourceEvent } from '../../proxy/index.ts';
 import { decodeChunk } from '../../src/core/chunk.ts';
 import type { ChunkRef } from '../../src/core/chunk.ts';
 import type { ChunkSource, Priority } from '../../src/core/source.ts';
-import {
-  clientOptions,
-  failsWith,
-  freePort,
-  makeGround,
-  openDescriptors,
-  refsOf,
-  serveSsh,
-  until,
-} from './kit.ts';
+import { freePort } from '../../src/core/ports.ts';
+import { clientOptions, failsWith, makeGround, openDescriptors, refsOf, serveSsh, until } from './kit.ts';
 import type { Ground, Serving } from './kit.ts';
 
 let ground: Ground;

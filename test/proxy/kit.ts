@@ -21,6 +21,7 @@ import type { ChunkRef } from '../../src/core/chunk.ts';
 import { GridError } from '../../src/core/errors.ts';
 import type { ErrorCode } from '../../src/core/errors.ts';
 import { chunkLengthOf } from '../../src/core/manifest.ts';
+import { freePort } from '../../src/core/ports.ts';
 import type { ChunkSource } from '../../src/core/source.ts';
 import { openStore } from '../../src/store/index.ts';
 import { makeFixtureStore } from '../suites/fixtures.ts';
@@ -147,14 +148,6 @@ export async function until(holds: () => boolean, what: string, timeoutMs = 5000
 /** Descriptors of this process that are sockets or pipes or regular files: what a leak would add to. */
 export function openDescriptors(): number {
   return readdirSync('/proc/self/fd').length;
-}
-
-export async function freePort(): Promise<number> {
-  const server = net.createServer().listen(0, '127.0.0.1');
-  await new Promise((resolve) => server.once('listening', resolve));
-  const { port } = server.address() as net.AddressInfo;
-  await new Promise((resolve) => server.close(resolve));
-  return port;
 }
 
 export interface Sshd {

@@ -10,7 +10,8 @@ import { after, before, test } from 'node:test';
 import { connectSource } from '../../proxy/index.ts';
 import { openStore } from '../../src/store/index.ts';
 import { SUITE_FIXTURE, chunkSourceSuite } from '../suites/chunk-source.ts';
-import { failsWith, freePort, makeGround } from './kit.ts';
+import { freePort } from '../../src/core/ports.ts';
+import { failsWith, makeGround } from './kit.ts';
 import type { Ground } from './kit.ts';
 
 let ground: Ground;

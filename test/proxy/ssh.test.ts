@@ -11,10 +11,10 @@ import { connectSource, createServer, createSshEndpoint } from '../../proxy/inde
 import type { ConnectOptions } from '../../proxy/index.ts';
 import { fingerprintOf } from '../../proxy/known-hosts.ts';
 import { openStore } from '../../src/store/index.ts';
+import { freePort } from '../../src/core/ports.ts';
 import {
   clientOptions,
   failsWith,
-  freePort,
   keygen,
   makeGround,
   openDescriptors,

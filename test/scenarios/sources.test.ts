@@ -5,7 +5,7 @@ import { writeFileSync } from 'node:fs';
 import path from 'node:path';
 import { after, before, suite, test } from 'node:test';
 import { MIB } from '../../src/core/limits.ts';
-import { freePort } from '../proxy/kit.ts';
+import { freePort } from '../../src/core/ports.ts';
 import { World } from './world.ts';
 import type { ServerHandle } from './world.ts';
 

@@ -1,19 +1,11 @@
 /** A TCP port of a guest on QEMU's own network, reached by a port of the host's loopback for as long as it is wanted. */
-import net from 'node:net';
 import { GridError } from '../../core/errors.ts';
 import type { MachineForward } from '../../core/machine.ts';
+import { freePort } from '../../core/ports.ts';
 import type { QmpClient } from './qmp.ts';
 
 /** A port that was free a moment ago may be somebody else's when QEMU asks for it. */
 const ATTEMPTS_MAX = 5;
-
-async function freePort(): Promise<number> {
-  const server = net.createServer();
-  await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve));
-  const { port } = server.address() as net.AddressInfo;
-  await new Promise((resolve) => server.close(resolve));
-  return port;
-}
 
 /** Throws vm-failed with QEMU's words. */
 export async function forwardPort(
