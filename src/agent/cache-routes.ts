@@ -12,6 +12,7 @@ import type { FastifyInstance } from 'fastify';
 import type { Digest } from '../core/bytes.ts';
 import { asGridError, GridError } from '../core/errors.ts';
 import type { ErrorCode } from '../core/errors.ts';
+import { CHECKPOINT_IMAGE, VOLUME_IMAGE } from '../core/grid.ts';
 import { NAME_LENGTH_MAX } from '../core/limits.ts';
 import type { Manifest, Tag } from '../core/manifest.ts';
 
@@ -164,7 +165,14 @@ async function run(
   }
   if (request.work === 'evict') {
     let chunks = 0;
-    for (const manifest of manifests) chunks += await cache.evict(manifest);
+    for (const manifest of manifests) {
+      chunks += await cache.evict(manifest).catch((error: unknown) => {
+        if (!(error instanceof GridError)) throw error;
+        // Of a part, too, it is said by the name that was given.
+        const message = error.message.replace(`image ${manifest.slice(0, 12)}`, String(request.image));
+        throw new GridError(error.code, message, { cause: error });
+      });
+    }
     return { chunks };
   }
   if (request.work === 'unpin') {
@@ -207,12 +215,14 @@ async function partsOf(cache: CacheWork, digest: Digest): Promise<Digest[]> {
   return [...new Set([...Object.values(parts), digest])];
 }
 
-/** name:version, or name:version/part, of every manifest that a tag reaches. */
+/** name:version, or name:version/part, of every manifest that a tag reaches; those that a broker made come last. */
 async function namesOf(cache: CacheWork): Promise<Map<Digest, string[]>> {
   const names = new Map<Digest, string[]>();
   const add = (digest: Digest, name: string) => names.set(digest, [...(names.get(digest) ?? []), name]);
+  const isMade = ({ name }: Tag) => CHECKPOINT_IMAGE.test(name) || VOLUME_IMAGE.test(name);
   const tags = await cache.listTags().catch(() => []);
-  for (const { name, version, manifest } of tags) {
+  const inOrder = tags.toSorted((a, b) => Number(isMade(a)) - Number(isMade(b)));
+  for (const { name, version, manifest } of inOrder) {
     add(manifest, `${name}:${version}`);
     // A manifest that is neither here nor to be had now has no parts to name.
     const known = await cache.readManifest(manifest).catch(() => undefined);

@@ -242,6 +242,10 @@ function statusVerb(): Command {
       }
       const { client } = await findProxy(options.proxy);
       const status = await client.call<Record<string, unknown> & { cache: CacheStatus }>('GET', '/v1/status');
+      const named = await client.call<{ images: { manifest: string; names: readonly string[] }[] }>(
+        ...(['GET', '/v1/cache'] as const),
+      );
+      const names = new Map(named.images.map((one) => [one.manifest, one.names[0]]));
       show(options, status, () => {
         const lines = ['name', 'pid', 'mountpoint', 'source', 'started', 'vms', 'clones', 'log'].map(
           (key) => `${key}: ${String(status[key])}`,
@@ -249,7 +253,7 @@ function statusVerb(): Command {
         const images = table(
           ['IMAGE', 'PRESENT', 'FETCHED', 'CHUNKS'],
           status.cache.images.map((one) => [
-            one.manifest.slice(0, 12),
+            names.get(one.manifest) ?? one.manifest.slice(0, 12),
             bytesText(one.presentBytes),
             bytesText(one.fetchedPlainBytes),
             one.fetchedChunks,

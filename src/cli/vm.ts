@@ -241,9 +241,7 @@ export function vmVerbs(): Command {
         const { client } = await findProxy(options.proxy);
         const vm = await client.call<VmStatus>('GET', `/v1/vms/${encodeURIComponent(id)}`);
         show(options, vm, () => {
-          const lines = Object.entries(vm).map(
-            ([key, value]) => `${key}: ${typeof value === 'object' ? JSON.stringify(value) : String(value)}`,
-          );
+          const lines = Object.entries(vm).map(([key, value]) => `${key}: ${wordsOf(value)}`);
           return [...lines, ...consoleTail(vm.consoleLog)].join('\n');
         });
       }),
@@ -284,6 +282,16 @@ export function vmVerbs(): Command {
   );
   for (const command of [...checkpointVerbs(), ...volumeVerbs(), ...moveVerbs()]) group.addCommand(command);
   return group;
+}
+
+/** A field as people read it. */
+function wordsOf(value: unknown): string {
+  if (Array.isArray(value)) return value.map(wordsOf).join('; ') || 'none';
+  if (typeof value === 'object' && value !== null)
+    return Object.entries(value)
+      .map(([key, each]) => `${key} ${wordsOf(each)}`)
+      .join(', ');
+  return typeof value === 'number' && !Number.isInteger(value) ? value.toFixed(2) : String(value);
 }
 
 const CONSOLE_LINES = 10;

@@ -71,7 +71,7 @@ suite('the cache of a host', () => {
     });
     assert.equal((await world.json<{ images: number }>('cache', 'pin', 'test:1')).images, 2);
     assert.deepEqual((await disk()).pinned, ['all']);
-    await world.refuses(1, /pinned; unpin it first \[in-use\]/, 'cache', 'evict', 'test:1');
+    await world.refuses(1, /test:1 is pinned; unpin it first \[in-use\]/, 'cache', 'evict', 'test:1');
     await world.json('cache', 'unpin', 'test:1');
     await world.refuses(1, /not pinned \[not-found\]/, 'cache', 'unpin', 'test:1');
     assert.deepEqual(await world.json('cache', 'scrub', 'test:1'), {

@@ -83,7 +83,17 @@ suite('VMs in a bridge of their host', { skip: LONG && isRoot() ? false : 'a lon
   });
 
   test('a bridge that is not there is refused with the reason, and nothing of the VM is left', async () => {
-    await world.refuses(1, /br9/, 'vm', 'run', 'small:1', '--name', 'lost', '--bridge', 'br9');
+    await world.refuses(
+      1,
+      /no bridge 'br9'; `ip link/,
+      'vm',
+      'run',
+      'small:1',
+      '--name',
+      'lost',
+      '--bridge',
+      'br9',
+    );
     assert.deepEqual(await world.json('vm', 'ls'), []);
     assert.deepEqual(await world.json('clone', 'ls'), []);
     assert.doesNotMatch(await inside('ip', 'link'), / gv[0-9a-f]{10}/);

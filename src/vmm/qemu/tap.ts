@@ -10,9 +10,9 @@ export function tapOf(macAddress: string): string {
   return `gv${macAddress.toLowerCase().replaceAll(':', '').slice(-10)}`;
 }
 
-async function ip(...args: string[]): Promise<void> {
+async function ip(...args: string[]): Promise<string> {
   try {
-    await promisify(execFile)('ip', args, { timeout: IP_TIMEOUT_MS });
+    return (await promisify(execFile)('ip', args, { timeout: IP_TIMEOUT_MS })).stdout;
   } catch (error) {
     const { stderr } = error as { stderr?: string };
     throw new GridError('unsupported', `ip ${args.join(' ')}: ${stderr?.trim() || String(error)}`, {
@@ -21,8 +21,14 @@ async function ip(...args: string[]): Promise<void> {
   }
 }
 
-/** Throws unsupported with ip's words: no such bridge, no permission, no ip. */
+/** Throws not-found where there is no such bridge, and unsupported with ip's words: no permission, no ip. */
 export async function makeTap(bridge: string, macAddress: string): Promise<string> {
+  // Not by /sys, which is of the network namespace that it was mounted in.
+  const bridges = JSON.parse((await ip('-json', 'link', 'show', 'type', 'bridge')) || '[]') as object[];
+  if (!bridges.some((one) => 'ifname' in one && one.ifname === bridge)) {
+    const list = '`ip link show type bridge` lists those that are there';
+    throw new GridError('not-found', `this host has no bridge '${bridge}'; ${list}`);
+  }
   const name = tapOf(macAddress);
   await ip('tuntap', 'add', 'dev', name, 'mode', 'tap');
   try {
