@@ -257,10 +257,15 @@ suite('the page of a broker', () => {
     await browser.until(`document.getElementById('r-image').options.length >= 3`);
     await browser.evaluate(`document.getElementById('r-image').value = 'small:1'`);
     await browser.evaluate(
-      `for (const [id, value] of [['r-name', 'desk'], ['r-count', '1'], ['r-network', ''], ['r-volumes', 'home']]) document.getElementById(id).value = value`,
+      `for (const [id, value] of [['r-name', 'desk'], ['r-count', '1'], ['r-network', ''], ['r-volumes', 'home'], ['r-key', 'ssh-ed25519 AAAA ada'], ['r-command', 'echo <i>']]) document.getElementById(id).value = value`,
     );
     await browser.click('Request');
     await eventually(async () => (await states()).includes('running'));
+    await browser.until(`document.body.innerText.includes('echo <i>: ended with exit code 0')`);
+    const asked = hosts
+      .flatMap(({ machines }) => machines.requests)
+      .find(({ hostName }) => hostName === 'desk');
+    assert.deepEqual(asked?.sshKeys, ['ssh-ed25519 AAAA ada']);
     await browser.click('Volumes');
     await browser.until(`${cells}.includes('attached') && ${cells}.includes('desk')`);
     await shot('11-volumes');

@@ -209,11 +209,17 @@ export class Machines {
       ['Fetched', vm.fetchedBytes === undefined ? undefined : bytesText(vm.fetchedBytes)],
       ['Requested', new Date(vm.created).toLocaleString()],
       ['On the host as', vm.placedAs],
+      ['Command', vm.command && commandText(vm.command)],
       ['Why', vm.reason],
     ].filter(([, value]) => value !== undefined);
     refresh(this.facts, JSON.stringify(facts), () =>
       facts.map(([label, value]) =>
-        h('div', { class: label === 'Why' ? 'wide' : undefined }, h('dt', {}, label), h('dd', {}, value)),
+        h(
+          'div',
+          { class: ['Command', 'Why'].includes(label) ? 'wide' : undefined },
+          h('dt', {}, label),
+          h('dd', {}, value),
+        ),
       ),
     );
     const together = this.page.known.vms.filter(({ job }) => job === vm.job).slice(0, 40);
@@ -231,6 +237,9 @@ export class Machines {
     else this.spoken.textContent = 'It is coming up; the last bar grows.';
   }
 }
+
+const commandText = ({ command, exitCode, error }) =>
+  `${command}: ${error ?? (exitCode === undefined ? 'is not over' : `ended with exit code ${exitCode}`)}`;
 
 function readyAfter(vm) {
   const readyMs = vm.timeline?.readyMs;

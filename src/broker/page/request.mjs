@@ -52,6 +52,18 @@ export class RequestForm {
           h('input', { id: 'r-volumes', placeholder: 'none', 'aria-describedby': 'r-volumes-hint' }),
           'names with commas; NAME:ro to read one',
         ),
+        field(
+          'r-key',
+          'Public ssh key',
+          h('input', { id: 'r-key', placeholder: 'none', 'aria-describedby': 'r-key-hint' }),
+          'let in where the guest reads its seed',
+        ),
+        field(
+          'r-command',
+          'Command in each',
+          h('input', { id: 'r-command', placeholder: 'none', 'aria-describedby': 'r-command-hint' }),
+          'run when it has booted; its end is kept',
+        ),
         field('r-hours', 'Ends after, hours', number('r-hours', '', 1, 8000, { placeholder: 'never' })),
         h(
           'div',
@@ -97,6 +109,8 @@ export class RequestForm {
         ...given('r-name', 'name'),
         ...given('r-network', 'network'),
         ...given('r-volumes', 'volumes', volumesIn),
+        ...given('r-key', 'sshKeys', (key) => [key]),
+        ...given('r-command', 'command'),
         ...given('r-hours', 'lifetimeMs', (hours) => Number(hours) * HOUR_MS),
       });
       this.done(made);
