@@ -127,8 +127,9 @@ export class Streams {
     const { db, requests } = this.#parts;
     const { id } = await requests.find(db, principal, which);
     const key = `${principal.user} ${id}`;
-    this.#consoles.get(key)?.destroy();
     const far = await this.#connect(principal, id, CONSOLE_PORT, user);
+    // A console serves one at a time: this one waits at the host until the other is gone.
+    this.#consoles.get(key)?.destroy();
     this.#consoles.set(key, far);
     far.once('close', () => {
       if (this.#consoles.get(key) === far) this.#consoles.delete(key);

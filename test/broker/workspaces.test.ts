@@ -229,20 +229,26 @@ for (const dialect of DIALECTS) {
       await assert.rejects(other.call('GET', route), { code: 'not-found' });
       await assert.rejects(agent.call('GET', route), { code: 'denied' });
       const { token } = await grid.running.broker.access.create('gil', 'user');
-      const watch = http
-        .get({
-          ...{ socketPath: grid.running.socket, path: route },
-          headers: { authorization: `Bearer ${token}` },
-        })
-        .on('error', () => {});
-      const [said] = (await once(watch, 'response')) as [http.IncomingMessage];
-      let words = '';
-      said.on('data', (part: Buffer) => (words += String(part))).on('error', () => {});
+      const look = async () => {
+        const headers = { authorization: `Bearer ${token}` };
+        const call = http
+          .get({ socketPath: grid.running.socket, path: route, headers })
+          .on('error', () => {});
+        const [said] = (await once(call, 'response')) as [http.IncomingMessage];
+        const seen = { call, words: '', isOver: false };
+        said.on('data', (part: Buffer) => (seen.words += String(part))).on('error', () => {});
+        said.once('close', () => (seen.isOver = true));
+        return seen;
+      };
+      const first = await look();
+      const watch = await look();
+      // One looks at a time. Fails without the end of the other in openConsole.
+      await eventually(() => first.isOver, GUARD_MS);
       await type(gil, 'typed\n');
-      await eventually(() => words === `${machines[0]!.placedAs} 0\ntyped\n`, GUARD_MS);
+      await eventually(() => watch.words === `${machines[0]!.placedAs} 0\ntyped\n`, GUARD_MS);
       await assert.rejects(type(other, 'x'), { code: 'not-found' });
       // Gone with who looks. Fails without the end of `far` when `raw` has closed.
-      watch.destroy();
+      watch.call.destroy();
       await eventually(
         () =>
           type(gil, 'x').then(
