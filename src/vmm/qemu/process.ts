@@ -9,11 +9,11 @@ import path from 'node:path';
 import { lastWords } from '../console.ts';
 import type { Exit, RunningProcess } from '../process.ts';
 import { QEMU_LOG } from './command-line.ts';
+import type { CommandLine } from './page-faults.ts';
 
 /** Starts QEMU in a session of its own, at home in `folder`, its words in `qemu.log` there. */
 export async function startProcess(
-  program: string,
-  args: readonly string[],
+  { program, args }: CommandLine,
   folder: string,
   onError: (message: string) => void,
 ): Promise<RunningProcess> {
