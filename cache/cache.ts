@@ -8,7 +8,7 @@
 import { lstatSync, readdirSync, rmSync, statSync } from 'node:fs';
 import path from 'node:path';
 import { checkedNumber, isDigest } from '../src/core/bytes.ts';
-import type { Digest } from '../src/core/bytes.ts';
+import type { ByteRange, Digest } from '../src/core/bytes.ts';
 import type { ChunkEncoding } from '../src/core/chunk.ts';
 import { asGridError, GridError } from '../src/core/errors.ts';
 import { CACHE_IDLE_IMAGES_MAX, TAG_TTL_MS } from '../src/core/limits.ts';
@@ -245,6 +245,11 @@ export class Cache {
   /** Fetches what earlier starts of this kind touched, while they start. Resolves to the chunks fetched. */
   prefetchProfile(manifest: Digest, purpose: Purpose, options: PrefetchOptions = {}): Promise<number> {
     return this.#upkeep.prefetchProfile(manifest, purpose, options);
+  }
+
+  /** What of an image is on this disk, but for zeros: chunk by chunk, in the order of the image. */
+  presentRanges(manifest: Digest): Promise<ByteRange[]> {
+    return this.#upkeep.presentRanges(manifest);
   }
 
   /** Records what a start touches; call before the image is opened for it. */

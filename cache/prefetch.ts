@@ -1,6 +1,8 @@
 /** Many chunks of one image before anybody asks: a bounded number at a time, cancellable, with progress. */
+import type { ByteRange } from '../src/core/bytes.ts';
 import { GridError } from '../src/core/errors.ts';
 import { CACHE_PREFETCH_BYTES_MAX } from '../src/core/limits.ts';
+import { chunkLengthOf } from '../src/core/manifest.ts';
 import type { ImageFile } from './image-file.ts';
 import type { Space } from './space.ts';
 
@@ -8,6 +10,13 @@ export interface PrefetchOptions {
   readonly signal?: AbortSignal;
   /** Called after each chunk: how many of how many are here. */
   readonly progress?: (doneChunks: number, totalChunks: number) => void;
+  /** Called for each chunk that is on this disk, fetched now or there before. */
+  readonly here?: (range: ByteRange) => void;
+}
+
+export function rangeOf({ manifest }: ImageFile, index: number): ByteRange {
+  const startBytes = index * manifest.chunkBytes;
+  return { startBytes, endBytes: startBytes + chunkLengthOf(manifest, index) };
 }
 
 /**
@@ -21,7 +30,7 @@ export async function prefetchChunks(
   indexes: readonly number[],
   options: PrefetchOptions = {},
 ): Promise<number> {
-  const { signal, progress } = options;
+  const { signal, progress, here } = options;
   const atOnce = Math.max(1, Math.floor(CACHE_PREFETCH_BYTES_MAX / file.manifest.chunkBytes));
   const underWay = new Set<number>();
   let failure: unknown;
@@ -44,6 +53,7 @@ export async function prefetchChunks(
         stop();
       }
       underWay.delete(index);
+      if (here && file.states.isHere(index)) here(rangeOf(file, index));
       progress?.(++done, indexes.length);
     }
   };

@@ -17,6 +17,7 @@
 import type { ChunkTable } from '../src/core/chunk-table.ts';
 import { UNIT_ABSENT } from '../src/core/image.ts';
 import { KIB } from '../src/core/limits.ts';
+import type { Manifest } from '../src/core/manifest.ts';
 import type { WayFigures } from '../src/core/source.ts';
 import type { ChunkStates } from './chunk-states.ts';
 
@@ -31,15 +32,16 @@ const REACH = 32;
 const MISSES = 2;
 
 /** Stored bytes of neighbours that are worth fetching with one miss over such a way. */
-export function neighbourBytes(way: WayFigures | undefined): number {
-  if (!way || way.roundTripMs <= SHORT_MS) return 0;
+export function neighbourBytes(way: WayFigures | undefined, shortMs = SHORT_MS): number {
+  if (!way || way.roundTripMs <= shortMs) return 0;
   const { roundTripMs, bytesPerSecond, prefetchBytes } = way;
   const aRoundTrip = bytesPerSecond === undefined ? prefetchBytes / 2 : (bytesPerSecond * roundTripMs) / 1000;
-  return aRoundTrip * (1 - SHORT_MS / roundTripMs);
+  return aRoundTrip * (1 - shortMs / roundTripMs);
 }
 
 /** The image that is read. */
 export interface AroundFile {
+  readonly manifest: Pick<Manifest, 'kind'>;
   readonly table: ChunkTable;
   readonly states: ChunkStates;
   prefetch(index: number): Promise<boolean>;
@@ -91,7 +93,8 @@ export class ReadAround {
       const isLikely = isAtEdge[step] || this.#isAsked(index + 2 * step);
       if (isLikely && this.#isWanted(index + step)) this.#fetch(index + step);
     }
-    const bytes = neighbourBytes(way);
+    // A guest that goes on reads its memory page by page, all over: of neither holes nor edges comes much there.
+    const bytes = neighbourBytes(way, this.#file.manifest.kind === 'memory' ? LEAN_MIN_MS : SHORT_MS);
     let left = Math.min(bytes, MISSES * bytes - this.#way.prefetchBytes);
     for (let distance = 1; distance <= REACH && left > 0; distance++) {
       for (const near of [index + distance, index - distance]) {

@@ -2,14 +2,14 @@
  * What an operator asks of a cache: warm, pin, unpin, evict, scrub; and the starts of machines, whose profiles are
  * replayed and recorded. Long work reports progress and can be cancelled.
  */
-import type { Digest } from '../src/core/bytes.ts';
+import type { ByteRange, Digest } from '../src/core/bytes.ts';
 import { GridError } from '../src/core/errors.ts';
 import { chunkCountOf, chunkLengthOf } from '../src/core/manifest.ts';
 import { mergeProfiles } from '../src/core/profile.ts';
 import type { Profile, Purpose } from '../src/core/profile.ts';
 import type { ImageFile } from './image-file.ts';
 import type { Pins } from './pins.ts';
-import { prefetchChunks } from './prefetch.ts';
+import { prefetchChunks, rangeOf } from './prefetch.ts';
 import type { PrefetchOptions } from './prefetch.ts';
 import { Recording } from './profiles.ts';
 import type { Profiles } from './profiles.ts';
@@ -221,6 +221,16 @@ export class Upkeep {
       // What is known here does not wait for the origin's answer.
       const fetched = await replay(profiles.local(manifest, purpose, chunkCountOf(file.manifest)));
       return fetched + (await replay(await remote));
+    } finally {
+      release();
+    }
+  }
+
+  /** What of an image is on this disk, but for zeros: chunk by chunk, in the order of the image. */
+  async presentRanges(manifest: Digest): Promise<ByteRange[]> {
+    const { file, release } = await this.#context.hold(manifest);
+    try {
+      return presentChunks(file).map((index) => rangeOf(file, index));
     } finally {
       release();
     }

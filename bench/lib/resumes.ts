@@ -149,7 +149,7 @@ export async function resumeLocal(scene: Scene, { nonce, local }: Checkpoints, n
 export async function resumeGrid(
   scene: Scene,
   { nonce }: Checkpoints,
-  options: { link: string; cache: string; profile?: boolean },
+  options: { link: string; cache: string; profile?: boolean; records?: boolean },
 ): Promise<Start> {
   await using stack = new AsyncDisposableStack();
   const { client, pid, mountSeconds } = await mountProxy(stack, scene, options);
@@ -164,7 +164,7 @@ export async function resumeGrid(
   const carried = await watch?.end();
   const grid = await gridFigures(client, scene, { pid, mountSeconds, cpu });
   // What its first seconds touch belongs to its working set.
-  if (options.profile) await client.call('GET', `/v1/vms/${vm.id}/ready?timeoutMs=${READY_TIMEOUT_MS}`);
+  if (options.records) await client.call('GET', `/v1/vms/${vm.id}/ready?timeoutMs=${READY_TIMEOUT_MS}`);
   await client.call('POST', `/v1/vms/${vm.id}/stop`, { graceMs: 0 });
   const { clonedMs, startedMs: machineMs } = vm.timeline;
   return {

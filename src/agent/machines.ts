@@ -219,7 +219,8 @@ export class Machines {
   async launch(launch: Launch): Promise<VmStatus> {
     const { id, image, clone, discards, readyText, memory, requestedAtMs, clonedMs } = launch;
     const folder = path.join(this.#folder, id);
-    const start = this.#starts?.begin([...new Set(launch.opens)], memory === undefined ? 'boot' : 'resume');
+    const purpose = memory === undefined ? 'boot' : 'resume';
+    const start = this.#starts?.begin([...new Set(launch.opens)], purpose, memory?.file);
     let machine: Machine | undefined;
     try {
       await rm(folder, { recursive: true, force: true });
@@ -252,7 +253,7 @@ export class Machines {
       );
       return statusOf(vm);
     } catch (error) {
-      start?.ended();
+      start?.gone();
       await machine?.stop(0).catch((failure: unknown) => this.#log(`VM ${id}: ${String(failure)}`));
       await rm(folder, { recursive: true, force: true });
       throw error;
@@ -281,6 +282,7 @@ export class Machines {
             () => sleepQuietly(START_TAIL_MS),
             () => undefined,
           );
+    void machine.ended.then(() => start.gone());
     await Promise.race([record.memory ? sleepQuietly(RESUME_MS) : ready(), machine.ended]);
     start.ended();
   }

@@ -80,7 +80,7 @@ export async function machineWork(parts: MachineParts): Promise<MachineWork> {
     catalog,
     log,
     ...(groups === undefined ? {} : { groups }),
-    ...(parts.profiles ? { starts: createStarts(cache, log) } : {}),
+    starts: createStarts(cache, parts.profiles, log),
   });
   const checkpoints = new Checkpoints({
     vmm,

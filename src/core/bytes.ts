@@ -55,3 +55,9 @@ export function readU64(buffer: Buffer, offset: number, what: string, max: numbe
   if (value > BigInt(max)) throw new GridError('bad-format', `${what} is ${value}, more than ${max}`);
   return Number(value);
 }
+
+/** A range of a file or an image; `endBytes` is not in it. */
+export interface ByteRange {
+  readonly startBytes: number;
+  readonly endBytes: number;
+}

@@ -12,7 +12,7 @@ export const GIB = 1024 * MIB;
  * round trip carries four times as much as at 64 KiB and zstd gains 5 %. */
 export const CHUNK_BYTES_DEFAULT = 256 * KIB;
 /** Chunk size of memory images: what a guest touches after a resume is scattered by pages. */
-export const MEMORY_CHUNK_BYTES = 64 * KIB;
+export const MEMORY_CHUNK_BYTES = 16 * KIB;
 /** Smaller chunks make the table (36 bytes each) cost more than it saves. Also the unit of a memory page. */
 export const CHUNK_BYTES_MIN = 4 * KIB;
 /** A chunk is held in memory whole, several at a time. */

@@ -111,6 +111,7 @@ test('nothing comes with a miss where the operator said so, nor while a whole im
   assert.deepEqual([...(await off.asked())], [middle]);
   const asked: number[] = [];
   const file = {
+    manifest: { kind: 'disk' as const },
     table: fixture.table,
     states: { get: () => UNIT_ABSENT } as unknown as ChunkStates,
     prefetch: (index: number) => Promise.resolve(asked.push(index) > 0),
@@ -135,6 +136,7 @@ test('nor more while the neighbours of two misses are still under way, nor where
   ] as const) {
     const asked: number[] = [];
     const file = {
+      manifest: { kind: 'disk' as const },
       table: fixture.table,
       states: { get: () => UNIT_ABSENT } as unknown as ChunkStates,
       prefetch: (index: number) => Promise.resolve(asked.push(index) > 0),

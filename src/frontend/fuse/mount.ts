@@ -16,7 +16,7 @@
  * was under way at the same time, and which of two such writes is the last is open on any disk. The same holds for
  * trims; a flush that is done twice is a flush.
  */
-import { closeSync, openSync, readSync, writeFileSync } from 'node:fs';
+import { closeSync, openSync, readSync } from 'node:fs';
 import { checkedNumber } from '../../core/bytes.ts';
 import { asGridError, GridError } from '../../core/errors.ts';
 import type { ImageTree } from '../../core/image.ts';
@@ -40,6 +40,7 @@ import { checkMountpoint, findMount, findMountSync, MOUNT_TYPE } from './mountin
 import { Ledger } from './ledger.ts';
 import { operationFigures } from './operation-times.ts';
 import { encodeInitReply, encodeResend, REQUEST_BUFFER_BYTES } from './protocol.ts';
+import { Readahead } from './readahead.ts';
 import { Session } from './session.ts';
 import { detachMount, released } from './unmount.ts';
 import {
@@ -199,6 +200,7 @@ export async function mountKernel(
       ? threads
       : await DeviceWorkers.start(workerCount, options.quiet ?? new QuietPoints(), log);
   let backings: BackingFiles | undefined;
+  let readahead: Readahead | undefined;
   const session = new Session({
     tree,
     root,
@@ -210,6 +212,7 @@ export async function mountKernel(
       workers.broadcast({ kind: 'opened', handle, map, met });
     },
     released: (handle) => workers.broadcast({ kind: 'released', handle }),
+    mapped: () => readahead?.lowForAMoment(),
     claim: async (image) => ((options.passthrough ?? true) ? backings?.claim(image) : undefined),
     ledger,
   });
@@ -227,8 +230,13 @@ export async function mountKernel(
       const agreed = answerInit(sessionFd, readaheadBytes);
       const entry = await findMount(place);
       if (!entry) throw new GridError('local-io', `the mount at ${place} vanished while it was made`);
-      raiseReadahead(entry.device, readaheadBytes, log);
+      readahead = new Readahead(entry.device, readaheadBytes, log);
+      if (readaheadBytes > READAHEAD_BYTES_DEFAULT) readahead.apply();
       fact = { mountpoint: place, mountId: entry.id, ...agreed };
+    } else {
+      const entry = await findMount(place);
+      readahead = entry && new Readahead(entry.device, readaheadBytes, log);
+      readahead?.apply();
     }
     if (fact.passthrough) backings = new BackingFiles(sessionFd, log);
     await session.begin(fact, before, async (image, id) => backings?.adopt(image, id));
@@ -236,6 +244,7 @@ export async function mountKernel(
     owned = true;
     result.serve(sessionFd, held?.devices.slice(1));
     if (before) askAgain(sessionFd, log);
+    void result.ended.then(() => readahead?.close());
     return result;
   } catch (error) {
     if (!before) await takeDown(place, MNT_FORCE | MNT_DETACH);
@@ -308,16 +317,6 @@ function answerInit(sessionFd: number, readaheadBytes: number): { passthrough: b
   const failure = send(sessionFd, reply, reply.length);
   if (failure !== undefined) throw new GridError('unsupported', failure);
   return { passthrough, resend };
-}
-
-/** INIT can only lower the kernel's default of 128 KiB; above it the mount's device has to be told. */
-function raiseReadahead(device: string, readaheadBytes: number, log: (message: string) => void): void {
-  if (readaheadBytes <= READAHEAD_BYTES_DEFAULT) return;
-  try {
-    writeFileSync(`/sys/class/bdi/${device}/read_ahead_kb`, String(Math.floor(readaheadBytes / KIB)));
-  } catch (error) {
-    log(`read-ahead stays at ${READAHEAD_BYTES_DEFAULT / KIB} KiB: ${String(error)}`);
-  }
 }
 
 /** Mounts of this process, for its end. */

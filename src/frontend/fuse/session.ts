@@ -37,6 +37,8 @@ export interface SessionOptions {
   /** Called before the kernel learns the handle, and after it gave it back. */
   readonly opened: (handle: number, map: DirectMap | undefined) => void;
   readonly released: (handle: number) => void;
+  /** Called before the answer to an open of what will be mapped and read page by page: readahead.ts. */
+  readonly mapped?: () => void;
   /** For passthrough, where the kernel and we agreed on it. */
   readonly claim?: (image: Image) => Promise<Backing | undefined>;
   /** Hears of all that the kernel is told, where the mount is to outlive this process. */
@@ -274,10 +276,7 @@ export class Session {
     if ((flags & O_TRUNC) !== 0) throw new Refusal('EPERM');
     const made = this.#handles.madeFor(call.request.unique);
     const file = made === undefined ? undefined : this.#handles.file(made);
-    if (file) {
-      this.#answerOpen(call, made!, file);
-      return;
-    }
+    if (file) return this.#answerOpen(call, made!, file);
     // By passthrough, an open for writing would reach the cache's own file.
     const mayBack = entry.mapsPrivately === undefined;
     const shared = await this.#images.acquire(node.key, () => this.#openImage(node), mayBack);
@@ -287,6 +286,7 @@ export class Session {
     }
     const handle = this.#handles.addFile(node, shared, call.request.unique);
     this.#options.opened(handle, shared.image.direct);
+    if (writes && entry.mapsPrivately) this.#options.mapped?.();
     this.#answerOpen(call, handle, shared);
   }
 

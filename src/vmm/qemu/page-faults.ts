@@ -12,6 +12,7 @@
  * takes as long to start as a tenth of a resume, setpriv has --seccomp-filter from util-linux 2.40 on only, and
  * perl-base is an essential package of Debian. Where there is none, QEMU starts as it is.
  */
+import { statfs } from 'node:fs/promises';
 import { findProgram } from '../program.ts';
 
 /** Of the kernel's headers: prctl and madvise in asm/unistd.h, the architecture in linux/audit.h. */
@@ -38,6 +39,14 @@ exec { $ARGV[0] } @ARGV or die "$ARGV[0]: $!\\n";
 export interface CommandLine {
   readonly program: string;
   readonly args: readonly string[];
+}
+
+/** FUSE_SUPER_MAGIC of linux/magic.h. */
+const FUSE = 0x6573_5546;
+
+/** Whether somebody has to be asked for what is read of a file: on a disk, 4 MiB at a time are as well. */
+export async function isOnFuse(file: string): Promise<boolean> {
+  return (await statfs(file)).type === FUSE;
 }
 
 /** The same program, as the same process, but for huge pages. */

@@ -47,6 +47,8 @@ export interface FileSpec {
   readonly goneFrom?: number;
   /** Without a DirectMap every read goes through the main thread. */
   readonly indirect?: boolean;
+  /** image: may be opened for writing, as memory of machines is. */
+  readonly mapsPrivately?: true;
   /** image: gives itself for passthrough. 'folder': gives a descriptor that the kernel refuses. */
   readonly whole?: boolean | 'folder';
 }
@@ -232,6 +234,7 @@ export class FileTree implements ImageTree {
         writable: spec.kind === 'clone',
         modifiedMs: 1_000_000_000_123,
         contentId: spec.contentId,
+        ...(spec.mapsPrivately ? { mapsPrivately: spec.mapsPrivately } : {}),
       };
     }
     const prefix = names.length === 0 ? '' : `${names.join('/')}/`;

@@ -52,6 +52,33 @@ describe('a mount of the kernel driver', () => {
   after(() => place.remove());
   const file = (name: string) => path.join(place.mountpoint, name);
 
+  // Fails without `mapped` in mount.ts, and without the timer of readahead.ts.
+  test('memory is read page by page where it is opened to be mapped, and with read-ahead otherwise', async () => {
+    const memory = 'images/m/1/memory.raw';
+    const source = place.source('memory', 4 << 20);
+    const spec: FileSpec = {
+      path: memory,
+      source,
+      kind: 'image',
+      contentId: 'm1',
+      mapsPrivately: true,
+      whole: false,
+    };
+    const child = await MountChild.start(place, { specs: [spec] });
+    const requestsOf = async (flags: string, at: number) => {
+      const fd = openSync(file(memory), flags);
+      const before = (await child.statistics()).directReads;
+      for (let page = 0; page < 16; page++) readSync(fd, Buffer.alloc(4096), 0, 4096, at + page * 4096);
+      const requests = (await child.statistics()).directReads - before;
+      closeSync(fd);
+      return requests;
+    };
+    assert.equal(await requestsOf('r+', 0), 16);
+    await setTimeout(100);
+    assert.ok((await requestsOf('r', 1 << 20)) < 8);
+    await child.run({ do: 'unmount' });
+  });
+
   test(`${MOUNTS} mounts in a row show each its own content and leak no descriptor, thread or image`, async () => {
     const sources = Array.from({ length: MOUNTS }, (_, index) =>
       place.source(`row${index}`, 100_000 + index),
