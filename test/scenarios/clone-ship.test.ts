@@ -212,13 +212,13 @@ suite('clones and an image server behind ssh', () => {
   });
 
   test('progress is said on standard error, a line a second; Ctrl-C cancels an export and leaves nothing', async () => {
-    const { disk } = await world.json<Clone>('clone', 'create', 'base:1', '--name', 'large', '--size', '3G');
+    const { disk } = await world.json<Clone>('clone', 'create', 'base:1', '--name', 'large', '--size', '6G');
     await world.succeeds(
       'dd',
       'if=/dev/zero',
       `of=${disk}`,
       'bs=1M',
-      'count=400',
+      'count=1500',
       'conv=notrunc',
       'status=none',
     );

@@ -311,7 +311,11 @@ test('what an import that was killed leaves is cleared by the next one, which st
   const ended = new Promise<NodeJS.Signals | null>((resolve) => child.on('exit', (_, name) => resolve(name)));
   child.stdout.resume();
   // The first flush has begun to give chunks their names: there are two more to come.
-  while (!existsSync(store.layout.kind('chunks')) && child.exitCode === null) await sleep(1);
+  const chunks = store.layout.kind('chunks');
+  const isNamed = () =>
+    existsSync(chunks) &&
+    readdirSync(chunks, { recursive: true, withFileTypes: true }).some((entry) => entry.isFile());
+  while (!isNamed() && child.exitCode === null) await sleep(1);
   child.kill('SIGKILL');
   assert.equal(await ended, 'SIGKILL');
   assert.equal(readdirSync(store.layout.tmp).length, 1, 'the kill came in the middle');

@@ -94,6 +94,9 @@ interface Facts {
   readonly readyMs?: number;
 }
 
+/** Of a socket that QEMU has not made yet, or that ends with it: whether it still runs says which. */
+const NOT_THERE = new Set(['ENOENT', 'ECONNREFUSED', 'ECONNRESET', 'EPIPE']);
+
 export class QemuMachine implements Machine {
   readonly consoleSocket: string;
   readonly identitySocket: string;
@@ -377,7 +380,7 @@ export class QemuMachine implements Machine {
         break;
       } catch (error) {
         const errno = errnoOf(error);
-        if (errno !== 'ENOENT' && errno !== 'ECONNREFUSED') {
+        if (errno === undefined || !NOT_THERE.has(errno)) {
           throw this.#isAlive() ? error : await this.#startFailure();
         }
         await sleep(CONNECT_INTERVAL_MS);
