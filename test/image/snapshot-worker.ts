@@ -22,7 +22,8 @@ const file = new DirectFile(map);
 const quiet = new QuietThread(counters, slot);
 const view = new Int32Array(shared);
 
-function write(block: number, value: number): void {
+/** False when it is to stop. Not by process.exit, which ends a thread in the middle of a call to native code. */
+function write(block: number, value: number): boolean {
   const bytes = Buffer.alloc(4096);
   for (let at = 0; at < bytes.length; at += 4) bytes.writeUInt32LE(value, at);
   for (let done = false; !done;) {
@@ -32,16 +33,16 @@ function write(block: number, value: number): void {
     } finally {
       quiet.leave();
     }
-    if (done) return;
+    if (done) return true;
     // Held: what comes to the main thread otherwise waits here, unacknowledged, until writes go on.
-    if (Atomics.load(view, 0) === 1) process.exit(0);
+    if (Atomics.load(view, 0) === 1) break;
     Atomics.wait(view, 0, 0, 0.2);
   }
+  return false;
 }
 
 for (let i = 1; Atomics.load(view, 0) === 0; i++) {
-  write(a, i);
-  write(b, i);
-  if (i <= newBlocks) write(firstNew + i - 1, i);
+  if (!write(a, i) || !write(b, i)) break;
+  if (i <= newBlocks && !write(firstNew + i - 1, i)) break;
   Atomics.store(view, 1, i);
 }
