@@ -21,6 +21,7 @@ import { buildGuest, guestCacheFolder } from './guest/build.ts';
 import type { GuestName } from './guest/build.ts';
 import { gridvfs } from './lib/child.ts';
 import { hostFacts, median } from './lib/facts.ts';
+import { failed } from './lib/scene.ts';
 import { headOf } from './lib/record.ts';
 
 const SUBJECTS = ['gridvfs import', 'gridvfs import again', 'qemu-img convert', 'casync make'] as const;
@@ -180,6 +181,5 @@ async function main(): Promise<void> {
 try {
   await main();
 } catch (error) {
-  say(`bench import: ${error instanceof Error ? error.message : String(error)}`);
-  process.exitCode = error instanceof RangeError ? 2 : 1;
+  failed('bench import', error);
 }

@@ -28,6 +28,7 @@ import { chunkLengthOf, parseManifest } from '../src/core/manifest.ts';
 import { buildGuest, guestCacheFolder } from './guest/build.ts';
 import { gridvfs, startService } from './lib/child.ts';
 import { hostFacts, median } from './lib/facts.ts';
+import { failed } from './lib/scene.ts';
 import { headOf } from './lib/record.ts';
 import { parseRate } from './link/units.ts';
 import { runProgram } from './peers/program.ts';
@@ -425,6 +426,5 @@ collectLess();
 try {
   await main();
 } catch (error) {
-  say(`bench pull: ${error instanceof Error ? error.message : String(error)}`);
-  process.exitCode = error instanceof RangeError ? 2 : 1;
+  failed('bench pull', error);
 }

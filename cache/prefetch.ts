@@ -14,6 +14,7 @@ export interface PrefetchOptions {
   readonly here?: (range: ByteRange) => void;
 }
 
+/** Where a chunk lies in its image. */
 export function rangeOf({ manifest }: ImageFile, index: number): ByteRange {
   const startBytes = index * manifest.chunkBytes;
   return { startBytes, endBytes: startBytes + chunkLengthOf(manifest, index) };

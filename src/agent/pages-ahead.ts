@@ -71,7 +71,7 @@ export function readPagesAhead(file: string): PagesAhead {
       }
       // Chunks that come together go as one request where they lie side by side.
       if (next) flush();
-      else queueMicrotask(() => setImmediate(flush));
+      else setImmediate(flush);
       next = { startBytes, endBytes };
     },
     finish() {

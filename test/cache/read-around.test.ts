@@ -129,6 +129,23 @@ test('nothing comes with a miss where the operator said so, nor while a whole im
   assert.deepEqual(asked.slice(0, 2), [middle + 1, middle - 1]);
 });
 
+// Fails without the look at `kind` in read-around.ts.
+test('over a way of middle length a miss brings neighbours of memory, and none of a disk', () => {
+  const way = { ...LONG, roundTripMs: 30 };
+  for (const kind of ['disk', 'memory'] as const) {
+    const asked: number[] = [];
+    const file = {
+      manifest: { kind },
+      table: fixture.table,
+      states: { get: () => UNIT_ABSENT } as unknown as ChunkStates,
+      prefetch: (index: number) => Promise.resolve(asked.push(index) > 0),
+    };
+    const is = { underWay: () => false, room: () => true };
+    new ReadAround(file, { way, prefetchBytes: 0 }, is).onMiss(middle, 16 * KIB, 16);
+    assert.equal(asked.length > 0, kind === 'memory');
+  }
+});
+
 test('nor more while the neighbours of two misses are still under way, nor where the disk has no room', () => {
   for (const [prefetchBytes, room] of [
     [2 * neighbourBytes(LONG), true],
