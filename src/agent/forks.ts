@@ -94,10 +94,7 @@ export class Forks {
         ...(facts.nonce === undefined ? {} : { nonce: facts.nonce }),
         requestedAtMs,
         clonedMs: performance.now() - requestedAtMs,
-        // QEMU reads the kernel also for a guest that has long been running: for when it reboots.
-        opens: [digest, disk.parts['kernel'], disk.parts['initrd'], diskDigest].filter(
-          (one) => one !== undefined,
-        ),
+        opens: [digest, diskDigest],
         begin: (folder) => resumeMachine(this.#vmm, checkpoint, description, folder, file),
         proceed: async (machine) => {
           // The file was opened by its name: it must still be what the state belongs to.

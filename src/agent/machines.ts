@@ -17,8 +17,8 @@ import { describeMachine, LABEL_ANSWERS } from './machine-description.ts';
 import type { Launch, MachineCatalog, MachineGroups, MachineSegments } from './machine-parts.ts';
 import type { Start, Starts } from './starts.ts';
 import { askGuest, forkQuestion, tellGuest } from './vm-answer.ts';
-import { disksOf, readVmRecord, statusOf, writeVmRecord } from './vm-record.ts';
-import type { RunRequest, Vm, VmRecord, VmStatus } from './vm-record.ts';
+import { clonesOf, disksOf, readVmRecord, statusOf, writeVmRecord } from './vm-record.ts';
+import type { RunRequest, Vm, VmMemory, VmRecord, VmStatus } from './vm-record.ts';
 
 const STOP_GRACE_MS = 15_000;
 const FAILED_KEPT_MAX = 20;
@@ -433,9 +433,40 @@ export class Machines {
     }
   }
 
+  /** The guest of a resumed machine boots: a machine that is started anew over the same disks, without the memory. */
+  async #restart({ record, machine: { description } }: Vm): Promise<void> {
+    const { base } = this.#clones.get(record.clone);
+    const { kernel, initrd } = (await this.#catalog.manifestOf(base)).manifest.parts;
+    const { memory, nonce: _, same: __, answers, ...rest } = record;
+    await this.launch({
+      ...rest,
+      ...(answers ? { answers } : {}),
+      requestedAtMs: performance.now(),
+      opens: [kernel, initrd, base].filter((one) => one !== undefined),
+      begin: (folder) => this.#vmm.start(description, folder),
+    });
+    await this.#discardMemory(record.id, memory);
+  }
+
+  /** What a VM went on in; `kept`: all but the clone that is its own. */
+  async #discardMemory(id: string, memory: VmMemory | undefined, kept = false): Promise<void> {
+    const { own, clone: mapped } = memory ?? {};
+    if (own !== undefined && !kept) await this.#clones.discard(own);
+    if (mapped !== undefined && mapped !== own && !this.isMapped(mapped, id))
+      await this.#clones.discard(mapped);
+  }
+
   async #ended(vm: Vm, status: MachineStatus): Promise<void> {
     const { id, clone, discards, memory, volumes = [] } = vm.record;
     this.#segments?.plugOut(id);
+    if (status.reboots && !this.#closing && vm.denied === undefined) {
+      vm.busy = 'started again';
+      try {
+        return await this.#restart(vm);
+      } catch (error) {
+        vm.denied = `the guest of VM '${id}' asked for a reboot, and it cannot be started: ${String(error)}`;
+      }
+    }
     this.#log(`VM ${id} is gone (${status.state}${status.reason === undefined ? '' : `: ${status.reason}`})`);
     if (status.state === 'failed' || vm.denied !== undefined) {
       const reason = vm.denied === undefined ? {} : { state: 'failed' as const, reason: vm.denied };
@@ -446,12 +477,8 @@ export class Machines {
       if (!vm.suspended) {
         if (discards) await this.#clones.discard(clone);
         for (const volume of volumes) if (volume.discards) await this.#clones.discard(volume.clone);
-        if (memory?.own !== undefined) await this.#clones.discard(memory.own);
       }
-      const mapped = memory?.clone;
-      if (mapped !== undefined && mapped !== memory?.own && !this.isMapped(mapped, id)) {
-        await this.#clones.discard(mapped);
-      }
+      await this.#discardMemory(id, memory, vm.suspended);
       await rm(vm.folder, { recursive: true, force: true });
       await this.#groups?.remove(`vm-${id}`);
     } finally {
@@ -461,12 +488,6 @@ export class Machines {
       if (vm.suspended) this.park(id);
     }
   }
-}
-
-/** All clones that a VM needs. */
-function clonesOf(record: VmRecord): string[] {
-  const { memory } = record;
-  return [...disksOf(record), memory?.clone, memory?.own].filter((one) => one !== undefined);
 }
 
 /** A daemon that was killed while it attached one had it on record already. */

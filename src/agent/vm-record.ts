@@ -86,6 +86,12 @@ export function disksOf({ clone, volumes = [] }: VmRecord): string[] {
   return [clone, ...volumes.map((volume) => volume.clone)];
 }
 
+/** All clones that a VM needs. */
+export function clonesOf(record: VmRecord): string[] {
+  const { memory } = record;
+  return [...disksOf(record), memory?.clone, memory?.own].filter((one) => one !== undefined);
+}
+
 /** One that runs. */
 export interface Vm {
   record: VmRecord;

@@ -113,6 +113,8 @@ export interface MachineStatus {
   readonly accelerator?: string;
   /** Why it failed, with the console's last words; of one that runs, what its guest waits for. */
   readonly reason?: string;
+  /** It has stopped because its guest asked for a reboot, which takes a machine that is started anew. */
+  readonly reboots?: true;
   /** Monotonic milliseconds from `start` to: process up and answering, guest ready. */
   readonly startedMs?: number;
   readonly readyMs?: number;
@@ -177,7 +179,8 @@ export interface Vmm {
   start(description: MachineDescription, folder: string): Promise<Machine>;
 
   /** A machine as it was captured, paused: it runs after `proceed`. Its memory is mapped privately from the file, which
-   * is opened for writing and not written. Throws unsupported (made for another machine), bad-format, vm-failed. */
+   * is opened for writing and not written. It may have no kernel to boot: when its guest reboots, it ends, and its last
+   * status says `reboots`. Throws unsupported (made for another machine), bad-format, vm-failed. */
   resume(
     description: MachineDescription,
     folder: string,

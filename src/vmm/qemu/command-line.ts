@@ -158,7 +158,10 @@ export function qemuArguments(description: MachineDescription, choices: QemuChoi
     addDevice(options);
   }
   if (description.firmware === 'uefi') add('-bios', UEFI_FILE);
-  if (boot !== undefined) {
+  // A guest that goes on has its kernel in its memory. QEMU would read the file (megabytes, perhaps through a slow
+  // link) before it did anything else, only for the guest's next boot: that one has a QEMU of its own.
+  if (boot !== undefined && memoryImage !== undefined) add('-action', 'reboot=shutdown');
+  else if (boot !== undefined) {
     add('-kernel', boot.kernel, '-append', boot.commandLine);
     if (boot.initrd !== undefined) add('-initrd', boot.initrd);
   }

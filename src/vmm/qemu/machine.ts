@@ -94,6 +94,8 @@ interface Facts {
   readonly readyMs?: number;
 }
 
+/** Why QEMU says that it ends, where it was told that it must not boot its guest (command-line.ts). */
+const GUEST_RESET = 'guest-reset';
 /** Of a socket that QEMU has not made yet, or that ends with it: whether it still runs says which. */
 const NOT_THERE = new Set(['ENOENT', 'ECONNREFUSED', 'ECONNRESET', 'EPIPE']);
 
@@ -215,6 +217,9 @@ export class QemuMachine implements Machine {
       ...(this.#isAlive() ? { pid: this.#process.pid } : {}),
       accelerator: this.#options.accelerator,
       ...(reason === undefined ? {} : { reason }),
+      ...(this.#shutdown === GUEST_RESET && this.#state === 'stopped' && !this.#stopping.asked
+        ? { reboots: true as const }
+        : {}),
       ...(this.#startedMs === undefined ? {} : { startedMs: this.#startedMs }),
       ...(this.#readyMs === undefined ? {} : { readyMs: this.#readyMs }),
     };
