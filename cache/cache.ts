@@ -14,7 +14,7 @@ import { asGridError, GridError } from '../src/core/errors.ts';
 import { CACHE_IDLE_IMAGES_MAX, TAG_TTL_MS } from '../src/core/limits.ts';
 import { chunkCountOf } from '../src/core/manifest.ts';
 import type { Manifest, Tag } from '../src/core/manifest.ts';
-import type { Profile, Purpose } from '../src/core/profile.ts';
+import type { Purpose } from '../src/core/profile.ts';
 import { QuietPoints } from '../src/core/quiet.ts';
 import type { ChunkSource } from '../src/core/source.ts';
 import { CachedImage } from './cached-image.ts';
@@ -28,6 +28,7 @@ import { ImageFile } from './image-file.ts';
 import { Pins } from './pins.ts';
 import type { PrefetchOptions } from './prefetch.ts';
 import { Profiles } from './profiles.ts';
+import type { StartRecording } from './profiles.ts';
 import { Siblings } from './siblings.ts';
 import { Space } from './space.ts';
 import { localImages, statusOf } from './status.ts';
@@ -253,7 +254,7 @@ export class Cache {
   }
 
   /** Records what a start touches; call before the image is opened for it. */
-  startRecording(manifest: Digest, purpose: Purpose): { finish(): Promise<Profile | undefined> } {
+  startRecording(manifest: Digest, purpose: Purpose): StartRecording {
     this.#checkOpen();
     return this.#upkeep.startRecording(checkDigest(manifest), purpose);
   }

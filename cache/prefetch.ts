@@ -32,14 +32,20 @@ export async function prefetchChunks(
   options: PrefetchOptions = {},
 ): Promise<number> {
   const { signal, progress, here } = options;
+  // What is here already takes no turn of its own: a start that is warm waits for nothing of this.
+  const missing: number[] = [];
+  for (const index of indexes) {
+    if (!file.states.isHere(index)) missing.push(index);
+    else here?.(rangeOf(file, index));
+  }
   const atOnce = Math.max(1, Math.floor(CACHE_PREFETCH_BYTES_MAX / file.manifest.chunkBytes));
   const underWay = new Set<number>();
   let failure: unknown;
   let fetched = 0;
-  let done = 0;
+  let done = indexes.length - missing.length;
   let next = 0;
   const oneAfterAnother = async () => {
-    for (let index = indexes[next++]; index !== undefined; index = indexes[next++]) {
+    for (let index = missing[next++]; index !== undefined; index = missing[next++]) {
       if (signal?.aborted || failure !== undefined) return;
       underWay.add(index);
       try {
@@ -64,7 +70,7 @@ export async function prefetchChunks(
   signal?.addEventListener('abort', stop);
   const resume = file.readAround.pause();
   try {
-    await Promise.all(Array.from({ length: Math.min(atOnce, indexes.length) }, oneAfterAnother));
+    await Promise.all(Array.from({ length: Math.min(atOnce, missing.length) }, oneAfterAnother));
   } finally {
     signal?.removeEventListener('abort', stop);
     resume();

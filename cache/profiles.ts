@@ -25,7 +25,7 @@ import type { ImageFile } from './image-file.ts';
 
 /** How often a recording reads the marks of use: its order of touches is as fine as this. */
 const SAMPLE_MS = 250;
-/** What was touched in this part of a recording's time is early. */
+/** What was touched in this part of a recording's time is early, unless it is told when (`answered`). */
 const EARLY_SHARE = 1 / 3;
 
 export interface ProfilesContext {
@@ -106,6 +106,14 @@ export class Profiles {
   }
 }
 
+/** What is told about a start that is recorded. */
+export interface StartRecording {
+  /** What is touched from now on is late. Idempotent. */
+  answered(): void;
+  /** Ends it, and merges it into the profile; undefined when it does not count. Idempotent. */
+  finish(): Promise<Profile | undefined>;
+}
+
 /** One start being recorded. */
 export class Recording implements UseListener {
   readonly #file: ImageFile;
@@ -114,6 +122,7 @@ export class Recording implements UseListener {
   readonly #timer: NodeJS.Timeout;
   readonly #windowMs: number;
   #startedMs: number | undefined;
+  #answeredMs: number | undefined;
 
   constructor(file: ImageFile, purpose: Purpose, windowMs: number = PROFILE_WINDOW_MS) {
     this.#file = file;
@@ -150,13 +159,20 @@ export class Recording implements UseListener {
     this.#file.recordings.delete(this);
   }
 
+  /** The guest does now what it was started for. A resumed one has touched by then what the next waits for, and does for
+   * the rest of the recording what it does at rest: that is late, whatever share of the time it took. */
+  answered(): void {
+    this.#file.harvest();
+    this.#answeredMs ??= performance.now();
+  }
+
   /** Ends it. Undefined when nothing was touched. */
   finish(): Profile | undefined {
     this.#end();
     const times = [...this.#firstTouchMs.values()];
     if (times.length === 0) return undefined;
     const first = times[0]!;
-    const earlyUntil = first + (times.at(-1)! - first) * EARLY_SHARE;
+    const earlyUntil = this.#answeredMs ?? first + (times.at(-1)! - first) * EARLY_SHARE;
     const ofClass = (early: boolean) =>
       [...this.#firstTouchMs]
         .filter(([, atMs]) => atMs <= earlyUntil === early)

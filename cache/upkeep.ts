@@ -12,7 +12,7 @@ import type { Pins } from './pins.ts';
 import { prefetchChunks, rangeOf } from './prefetch.ts';
 import type { PrefetchOptions } from './prefetch.ts';
 import { Recording } from './profiles.ts';
-import type { Profiles } from './profiles.ts';
+import type { Profiles, StartRecording } from './profiles.ts';
 import type { Space } from './space.ts';
 
 /** Chunks that scrub reads and hashes at a time. */
@@ -216,8 +216,13 @@ export class Upkeep {
     const remote = this.#askedWhileOpening(holding, manifest, purpose);
     const { file, release } = await holding;
     try {
-      const replay = async (profile: Profile | undefined): Promise<number> =>
-        profile ? prefetchChunks(file, space, [...profile.early, ...profile.late], options) : 0;
+      const done = new Set<number>();
+      const replay = async (profile: Profile | undefined): Promise<number> => {
+        if (!profile) return 0;
+        const indexes = [...profile.early, ...profile.late].filter((index) => !done.has(index));
+        for (const index of indexes) done.add(index);
+        return prefetchChunks(file, space, indexes, options);
+      };
       // What is known here does not wait for the origin's answer.
       const fetched = await replay(profiles.local(manifest, purpose, chunkCountOf(file.manifest)));
       return fetched + (await replay(await remote));
@@ -238,10 +243,10 @@ export class Upkeep {
 
   /** Begins to record what a start touches (see profiles.ts for what that covers). Call before the image is opened
    * for it. `finish` merges the recording into the profile; undefined when it does not count. */
-  startRecording(manifest: Digest, purpose: Purpose): { finish(): Promise<Profile | undefined> } {
+  startRecording(manifest: Digest, purpose: Purpose): StartRecording {
     const { peek, hold, profiles, pins } = this.#context;
     const { file: open, readers } = peek(manifest);
-    if (readers > 0) return { finish: () => Promise.resolve(undefined) };
+    if (readers > 0) return { answered: () => undefined, finish: () => Promise.resolve(undefined) };
     open?.harvest();
     const held = hold(manifest).then(({ file, release }) => {
       const known = profiles.local(manifest, purpose, chunkCountOf(file.manifest));
@@ -261,7 +266,10 @@ export class Upkeep {
         release();
       }
     };
-    return { finish: () => (finished ??= finish()) };
+    return {
+      answered: () => void held.then(({ recording }) => recording?.answered()).catch(() => undefined),
+      finish: () => (finished ??= finish()),
+    };
   }
 }
 

@@ -4,7 +4,7 @@
  */
 import { open, rm } from 'node:fs/promises';
 import path from 'node:path';
-import { isDigest } from '../core/bytes.ts';
+import { isDigest, type Digest } from '../core/bytes.ts';
 import { GridError } from '../core/errors.ts';
 import type { CarriedVolume } from '../core/grid.ts';
 import type { Machine, MachineDescription, Vmm } from '../core/machine.ts';
@@ -54,23 +54,17 @@ export class Forks {
     if (manifest.kind !== 'memory' || diskDigest === undefined || stateDigest === undefined) {
       throw new GridError('bad-request', `${reference} is no checkpoint but of kind '${manifest.kind}'`);
     }
-    const { sizeBytes } = (await this.#catalog.manifestOf(stateDigest)).manifest;
-    if (sizeBytes > CHECKPOINT_FILE_BYTES_MAX) {
-      throw new GridError('bad-format', `the state of ${reference} has ${sizeBytes} bytes`);
-    }
-    const checkpoint = parseCheckpoint(
-      await this.#catalog.read(stateDigest, sizeBytes),
-      `the state of ${reference}`,
-    );
-    const { facts } = checkpoint;
-    if (manifest.sizeBytes !== facts.description.memoryBytes) {
-      throw new GridError('bad-format', `the memory of ${reference} has not the size that its state says`);
-    }
-    const disk = (await this.#catalog.manifestOf(diskDigest)).manifest;
     const id = this.#machines.reserve(name);
+    const file = path.join(imageFolder, 'memory.raw');
+    const opens = [digest, diskDigest];
+    // Each of what follows waits for the link once or more: none waits for another that it does not need.
+    const start = this.#machines.expect(opens, file);
+    const reading = this.#checkpoint(reference, stateDigest);
+    reading.catch(() => undefined);
     let clone: string | undefined;
     const volumes: VmVolume[] = [];
     try {
+      const disk = (await this.#catalog.manifestOf(diskDigest)).manifest;
       ({ id: clone } = await this.#clones.create({
         image: reference,
         base: diskDigest,
@@ -78,10 +72,14 @@ export class Forks {
         name: `${id}-disk`,
         vm: id,
       }));
+      const checkpoint = await reading;
+      const { facts } = checkpoint;
+      if (manifest.sizeBytes !== facts.description.memoryBytes) {
+        throw new GridError('bad-format', `the memory of ${reference} has not the size that its state says`);
+      }
       for (const volume of facts.volumes ?? []) volumes.push(await this.#attached(volume, id, take));
       const here = this.#withVolumes(relocated(facts.description, this.#catalog.diskOf(clone)), volumes);
       const description = same ? sameUnder(here, id) : renamed(here, id);
-      const file = path.join(imageFolder, 'memory.raw');
       return await this.#machines.launch({
         id,
         image: reference,
@@ -94,7 +92,8 @@ export class Forks {
         ...(facts.nonce === undefined ? {} : { nonce: facts.nonce }),
         requestedAtMs,
         clonedMs: performance.now() - requestedAtMs,
-        opens: [digest, diskDigest],
+        opens,
+        start,
         begin: (folder) => resumeMachine(this.#vmm, checkpoint, description, folder, file),
         proceed: async (machine) => {
           // The file was opened by its name: it must still be what the state belongs to.
@@ -108,6 +107,7 @@ export class Forks {
         },
       });
     } catch (error) {
+      start?.gone();
       this.#machines.unreserve(id);
       if (clone !== undefined) await this.#clones.discard(clone);
       for (const volume of volumes) {
@@ -116,6 +116,15 @@ export class Forks {
       }
       throw error;
     }
+  }
+
+  /** What belongs to the memory image. Throws bad-format and what reading it throws. */
+  async #checkpoint(reference: string, stateDigest: Digest): Promise<Checkpoint> {
+    const { sizeBytes } = (await this.#catalog.manifestOf(stateDigest)).manifest;
+    if (sizeBytes > CHECKPOINT_FILE_BYTES_MAX) {
+      throw new GridError('bad-format', `the state of ${reference} has ${sizeBytes} bytes`);
+    }
+    return parseCheckpoint(await this.#catalog.read(stateDigest, sizeBytes), `the state of ${reference}`);
   }
 
   async #attached(volume: CarriedVolume, vm: string, take: TakeVolume | undefined): Promise<VmVolume> {

@@ -2,6 +2,7 @@
 import type { Digest } from '../core/bytes.ts';
 import type { Machine, MachineSegment } from '../core/machine.ts';
 import type { Manifest } from '../core/manifest.ts';
+import type { Start } from './starts.ts';
 import type { VmMemory, VmVolume } from './vm-record.ts';
 
 /** What the machines need to know of images; given by whoever wires the agent. */
@@ -43,6 +44,8 @@ export interface Launch {
   readonly clonedMs: number;
   /** Images that it opens, those it needs first in front. */
   readonly opens: readonly Digest[];
+  /** Where they were said to be needed before all that it takes was there (Machines.expect). */
+  readonly start?: Start | undefined;
   /** Makes the machine: booting, or paused and then let go by `proceed`. */
   begin(folder: string): Promise<Machine>;
   /** Called when the VM is on record and paused: from here on its guest runs. */

@@ -9,12 +9,14 @@ import { randomBytes } from 'node:crypto';
 import { mkdir, readdir, rm } from 'node:fs/promises';
 import path from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
+import type { Digest } from '../core/bytes.ts';
 import { GridError } from '../core/errors.ts';
 import { NAME_LENGTH_MAX } from '../core/limits.ts';
 import type { IoLimits, Machine, MachineStatus, Vmm } from '../core/machine.ts';
 import type { Clones } from './clones.ts';
 import { describeMachine, LABEL_ANSWERS } from './machine-description.ts';
 import type { Launch, MachineCatalog, MachineGroups, MachineSegments } from './machine-parts.ts';
+import { START_MS_MAX, watchStart } from './starts.ts';
 import type { Start, Starts } from './starts.ts';
 import { askGuest, forkQuestion, tellGuest } from './vm-answer.ts';
 import { clonesOf, disksOf, readVmRecord, statusOf, writeVmRecord } from './vm-record.ts';
@@ -26,13 +28,6 @@ const FAILED_KEPT_MAX = 20;
 const STOP_ALL_MS = 60_000;
 /** A VM's own clones are named after it, with `-disk` and `-memory`. */
 const VM_NAME_LENGTH_MAX = NAME_LENGTH_MAX - 7;
-/** A start is over this long after it began at the latest … */
-const START_MS_MAX = 120_000;
-/** … or this long after the guest was ready: what its last services read belongs to it. A resumed guest says
- * nothing; what it does first is over by then. */
-const START_TAIL_MS = 3_000;
-const RESUME_MS = 10_000;
-
 export class Machines {
   readonly #vmm: Vmm;
   readonly #folder: string;
@@ -215,12 +210,18 @@ export class Machines {
     }
   }
 
+  /** A machine will go on from these images: what it needs of them is fetched from now on, while what it takes is made.
+   * Goes to `launch`, or is told that it is `gone`. */
+  expect(opens: readonly Digest[], memoryFile: string): Start | undefined {
+    return this.#starts?.begin(opens, 'resume', memoryFile);
+  }
+
   /** Starts the machine of a reserved name. A failure leaves nothing but the name and the clones. */
   async launch(launch: Launch): Promise<VmStatus> {
     const { id, image, clone, discards, readyText, memory, requestedAtMs, clonedMs } = launch;
     const folder = path.join(this.#folder, id);
     const purpose = memory === undefined ? 'boot' : 'resume';
-    const start = this.#starts?.begin([...new Set(launch.opens)], purpose, memory?.file);
+    const start = launch.start ?? this.#starts?.begin([...new Set(launch.opens)], purpose, memory?.file);
     let machine: Machine | undefined;
     try {
       await rm(folder, { recursive: true, force: true });
@@ -246,8 +247,8 @@ export class Machines {
       await writeVmRecord(folder, record);
       await launch.proceed?.(machine);
       const vm = this.#register(record, folder, machine, requestedAtMs);
-      if (start) void this.#watchStart(start, vm);
       if (memory !== undefined) this.#greet(vm);
+      if (start) void watchStart(start, vm);
       this.#log(
         `VM ${id} ${memory ? 'resumed' : 'started'} (pid ${machine.status().pid}) over clone ${clone} of ${image}`,
       );
@@ -270,21 +271,6 @@ export class Machines {
       .then((status) => this.#ended(vm, status))
       .catch((error: unknown) => this.#log(`VM ${record.id}: ${String(error)}`));
     return vm;
-  }
-
-  /** Tells when the start is over: the guest is ready, gone, or has had its time. */
-  async #watchStart(start: Start, { machine, record }: Vm): Promise<void> {
-    const sleepQuietly = (ms: number) => sleep(ms, undefined, { ref: false });
-    const ready = () =>
-      record.readyText === undefined
-        ? sleepQuietly(START_MS_MAX)
-        : machine.ready(START_MS_MAX).then(
-            () => sleepQuietly(START_TAIL_MS),
-            () => undefined,
-          );
-    void machine.ended.then(() => start.gone());
-    await Promise.race([record.memory ? sleepQuietly(RESUME_MS) : ready(), machine.ended]);
-    start.ended();
   }
 
   async #diskFor(request: RunRequest, vm: string) {

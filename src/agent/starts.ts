@@ -4,11 +4,20 @@
  * needed is brought into the kernel's pages as well (pages-ahead.ts); where nothing is known and nothing recorded, all
  * of it that is here.
  */
+import { setTimeout as sleep } from 'node:timers/promises';
 import type { ByteRange, Digest } from '../core/bytes.ts';
 import { GridError } from '../core/errors.ts';
 import type { Profile, Purpose } from '../core/profile.ts';
 import { readPagesAhead } from './pages-ahead.ts';
 import type { PagesAhead } from './pages-ahead.ts';
+import type { Vm } from './vm-record.ts';
+
+/** A start is over this long after it began at the latest … */
+export const START_MS_MAX = 120_000;
+/** … or this long after the guest was ready: what its last services read belongs to it. A resumed guest says
+ * nothing; what it does first is over by then. */
+const START_TAIL_MS = 3_000;
+const RESUME_MS = 10_000;
 
 /** What the machines tell. */
 export interface Starts {
@@ -18,7 +27,9 @@ export interface Starts {
 }
 
 export interface Start {
-  /** The guest is ready. Idempotent. */
+  /** A resumed guest has answered: the next one's answer waits for what it touched until now. Idempotent. */
+  answered(): void;
+  /** The guest is ready, and has done what a start does after that. Idempotent. */
   ended(): void;
   /** The machine is gone, or never was: as `ended`, and nothing is read for it any more. Idempotent. */
   gone(): void;
@@ -31,7 +42,10 @@ export interface StartCache {
     purpose: Purpose,
     options: { here?: (range: ByteRange) => void },
   ): Promise<number>;
-  startRecording(manifest: Digest, purpose: Purpose): { finish(): Promise<Profile | undefined> };
+  startRecording(
+    manifest: Digest,
+    purpose: Purpose,
+  ): { answered(): void; finish(): Promise<Profile | undefined> };
   presentRanges(manifest: Digest): Promise<ByteRange[]>;
 }
 
@@ -62,6 +76,7 @@ export function createStarts(cache: StartCache, profiles: boolean, log: (line: s
         }
       };
       return {
+        answered: () => recordings.forEach((recording) => recording.answered()),
         ended,
         gone() {
           ended();
@@ -70,4 +85,20 @@ export function createStarts(cache: StartCache, profiles: boolean, log: (line: s
       };
     },
   };
+}
+
+/** Tells of a start when it is over: the guest is ready, gone, or has had its time. */
+export async function watchStart(start: Start, { machine, record, answer }: Vm): Promise<void> {
+  const sleepQuietly = (ms: number) => sleep(ms, undefined, { ref: false });
+  const ready = () =>
+    record.readyText === undefined
+      ? sleepQuietly(START_MS_MAX)
+      : machine.ready(START_MS_MAX).then(
+          () => sleepQuietly(START_TAIL_MS),
+          () => undefined,
+        );
+  void answer?.then(() => start.answered()).catch(() => undefined);
+  void machine.ended.then(() => start.gone());
+  await Promise.race([record.memory ? sleepQuietly(RESUME_MS) : ready(), machine.ended]);
+  start.ended();
 }
