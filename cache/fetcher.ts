@@ -13,7 +13,7 @@ import { decodeChunk } from '../src/core/chunk.ts';
 import type { ChunkRef, StoredChunk } from '../src/core/chunk.ts';
 import { ChunkDecoder } from '../src/core/decoder.ts';
 import { asGridError, GridError } from '../src/core/errors.ts';
-import { BATCH_CHUNKS_MAX, CACHE_BATCHES_MAX, MIB } from '../src/core/limits.ts';
+import { BATCH_CHUNKS_MAX, CACHE_BATCHES_MAX, KIB, MIB } from '../src/core/limits.ts';
 import type { ChunkSource, Priority, WayFigures } from '../src/core/source.ts';
 import { RateCeiling } from './rate-ceiling.ts';
 
@@ -28,6 +28,9 @@ export interface FetchTally {
 const PREFETCH_CHUNKS_MAX = 32;
 /** Stored bytes of prefetch under way at a source that cannot say how many it wants. */
 const PREFETCH_BYTES = 1 * MIB;
+
+/** What is no larger is decoded sooner than it is sent to another thread and back. */
+const DECODED_HERE_BYTES_MAX = 32 * KIB;
 
 interface Wanted {
   readonly key: string;
@@ -259,7 +262,7 @@ export class Fetcher {
   }
 
   #receive(wanted: Wanted, chunk: StoredChunk): void {
-    if (wanted.priority === 'prefetch') {
+    if (wanted.priority === 'prefetch' && wanted.ref.plainBytes > DECODED_HERE_BYTES_MAX) {
       this.#decoder.decode(chunk, wanted.ref).then(
         (plain) => this.#arrived(wanted, chunk, plain),
         (error: unknown) => this.#undecoded(wanted, chunk, error),

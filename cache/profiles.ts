@@ -172,7 +172,7 @@ export class Recording implements UseListener {
     const times = [...this.#firstTouchMs.values()];
     if (times.length === 0) return undefined;
     const first = times[0]!;
-    const earlyUntil = this.#answeredMs ?? first + (times.at(-1)! - first) * EARLY_SHARE;
+    const earlyUntil = first + ((this.#answeredMs ?? times.at(-1)!) - first) * EARLY_SHARE;
     const ofClass = (early: boolean) =>
       [...this.#firstTouchMs]
         .filter(([, atMs]) => atMs <= earlyUntil === early)
