@@ -24,9 +24,11 @@ import type { UseListener } from './chunk-states.ts';
 import type { ImageFile } from './image-file.ts';
 
 /** How often a recording reads the marks of use: its order of touches is as fine as this. */
-const SAMPLE_MS = 250;
-/** What was touched in this part of a recording's time is early, unless it is told when (`answered`). */
+const SAMPLE_MS = 100;
+/** What was touched in this part of a recording's time, until its guest answered, is early … */
 const EARLY_SHARE = 1 / 3;
+/** … and what was touched within this: all that a resumed guest takes to answer at its console, where it waits for no link. */
+const EARLY_MS_MIN = 500;
 
 export interface ProfilesContext {
   readonly folder: CacheFolder;
@@ -172,7 +174,8 @@ export class Recording implements UseListener {
     const times = [...this.#firstTouchMs.values()];
     if (times.length === 0) return undefined;
     const first = times[0]!;
-    const earlyUntil = first + ((this.#answeredMs ?? times.at(-1)!) - first) * EARLY_SHARE;
+    const share = ((this.#answeredMs ?? times.at(-1)!) - first) * EARLY_SHARE;
+    const earlyUntil = first + Math.max(EARLY_MS_MIN, share);
     const ofClass = (early: boolean) =>
       [...this.#firstTouchMs]
         .filter(([, atMs]) => atMs <= earlyUntil === early)

@@ -56,9 +56,10 @@ export class Forks {
     }
     const id = this.#machines.reserve(name);
     const file = path.join(imageFolder, 'memory.raw');
-    const opens = [digest, diskDigest];
+    // QEMU looks at the disk before its guest goes on; little of it is needed.
+    const opens = [diskDigest, digest];
     // Each of what follows waits for the link once or more: none waits for another that it does not need.
-    const start = this.#machines.expect(opens, file);
+    const start = this.#machines.expect(opens, { file, image: digest });
     const reading = this.#checkpoint(reference, stateDigest);
     reading.catch(() => undefined);
     let clone: string | undefined;

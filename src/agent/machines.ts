@@ -212,8 +212,8 @@ export class Machines {
 
   /** A machine will go on from these images: what it needs of them is fetched from now on, while what it takes is made.
    * Goes to `launch`, or is told that it is `gone`. */
-  expect(opens: readonly Digest[], memoryFile: string): Start | undefined {
-    return this.#starts?.begin(opens, 'resume', memoryFile);
+  expect(opens: readonly Digest[], memory: { file: string; image: Digest }): Start | undefined {
+    return this.#starts?.begin(opens, 'resume', memory);
   }
 
   /** Starts the machine of a reserved name. A failure leaves nothing but the name and the clones. */
@@ -221,7 +221,8 @@ export class Machines {
     const { id, image, clone, discards, readyText, memory, requestedAtMs, clonedMs } = launch;
     const folder = path.join(this.#folder, id);
     const purpose = memory === undefined ? 'boot' : 'resume';
-    const start = launch.start ?? this.#starts?.begin([...new Set(launch.opens)], purpose, memory?.file);
+    const goesOnIn = memory && { file: memory.file, image: memory.image ?? launch.opens[0]! };
+    const start = launch.start ?? this.#starts?.begin([...new Set(launch.opens)], purpose, goesOnIn);
     let machine: Machine | undefined;
     try {
       await rm(folder, { recursive: true, force: true });

@@ -21,9 +21,9 @@ const RESUME_MS = 10_000;
 
 /** What the machines tell. */
 export interface Starts {
-  /** A machine is about to open these images; the ones it needs first come first. `memoryFile`: on the mount, what it
-   * goes on in, whose bytes are the first image's unless it has written them. */
-  begin(manifests: readonly Digest[], purpose: Purpose, memoryFile?: string): Start;
+  /** A machine is about to open these images; the ones it needs first come first. `memory`: of what it goes on in, the
+   * file on the mount, whose bytes are that one's of the images unless it has written them. */
+  begin(manifests: readonly Digest[], purpose: Purpose, memory?: { file: string; image: Digest }): Start;
 }
 
 export interface Start {
@@ -60,11 +60,11 @@ export function createStarts(cache: StartCache, profiles: boolean, log: (line: s
     if (chunks > 0) log(`profile '${purpose}' of ${manifest.slice(0, 12)}: ${chunks} chunks fetched ahead`);
   };
   return {
-    begin(manifests, purpose, memoryFile) {
-      const pages = memoryFile === undefined ? undefined : readPagesAhead(memoryFile);
+    begin(manifests, purpose, memory) {
+      const pages = memory === undefined ? undefined : readPagesAhead(memory.file);
       const recordings = profiles ? manifests.map((one) => cache.startRecording(one, purpose)) : [];
-      for (const [at, manifest] of manifests.entries()) {
-        const mine = at === 0 ? pages : undefined;
+      for (const manifest of manifests) {
+        const mine = manifest === memory?.image ? pages : undefined;
         let work: Promise<void> | undefined;
         if (profiles) work = replay(manifest, purpose, mine);
         else if (mine) work = cache.presentRanges(manifest).then((ranges) => ranges.forEach(mine.here));

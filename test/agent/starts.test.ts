@@ -61,7 +61,10 @@ test('what the profile names is fetched, and read into the pages of the file tha
   await image.close();
   await cache.evict(fixture.digest);
   await coldMemory();
-  const start = createStarts(cache, true, () => undefined).begin([fixture.digest], 'resume', memory);
+  const start = createStarts(cache, true, () => undefined).begin([fixture.digest], 'resume', {
+    file: memory,
+    image: fixture.digest,
+  });
   await becomesResident(chunks.length * CHUNK_BYTES);
   assert.equal((await cache.presentRanges(fixture.digest)).length, chunks.length);
   await sleep(100);
@@ -79,7 +82,10 @@ test('where nothing is recorded, all that is here is read, and nothing fetched',
   await image.close();
   const here = 9;
   await coldMemory();
-  const start = createStarts(cache, false, () => undefined).begin([fixture.digest], 'resume', memory);
+  const start = createStarts(cache, false, () => undefined).begin([fixture.digest], 'resume', {
+    file: memory,
+    image: fixture.digest,
+  });
   await becomesResident(here * CHUNK_BYTES);
   start.gone();
   await cache.close();
