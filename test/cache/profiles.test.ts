@@ -102,6 +102,26 @@ test('a recording does not count while somebody else has the image open, and not
   claim.release();
 });
 
+// Without EARLY_MS_MIN of profiles.ts the second is late; without `answered`, the third is early.
+test('early is a third of the time until the guest answered, and half a second at least', async () => {
+  const cache = await harness.open({ folder: harness.fresh(), source: await harness.source() });
+  const recording = cache.startRecording(fixture.digest, 'resume');
+  const image = await cache.openImage(fixture.digest);
+  const touches = indexes.filter((_, at) => at % 9 === 0).slice(0, 4);
+  const touchNext = (at: number) => touch(image, [touches[at]!]);
+  await touchNext(0);
+  await pause(320);
+  await touchNext(1);
+  await pause(350);
+  await touchNext(2);
+  await pause(50);
+  recording.answered();
+  await pause(2200);
+  await touchNext(3);
+  const profile = await recording.finish();
+  assert.deepEqual([profile?.early, profile?.late], [touches.slice(0, 2), touches.slice(2)]);
+});
+
 test('a recording ends where a second reader begins', async () => {
   const cache = await harness.open({ folder: harness.fresh(), source: await harness.source() });
   const recording = cache.startRecording(fixture.digest, 'boot');
