@@ -5,7 +5,9 @@
  *
  * Start: from WINDOW_BYTES_START, each chunk that comes makes it larger by itself (TCP's slow start), until the first
  * rate is known or START_GROWTH is reached. Then: while the window is what holds the rate down, twice the rate's
- * worth is twice the window, so it doubles with each sample until the link is what holds it down.
+ * worth is twice the window, so it doubles with each sample until the link is what holds it down. A sample is the mean
+ * of a time in which the window grew, so while rates still grow the window is half as large again (BBR's startup, which
+ * ends likewise: FLAT_SAMPLES without growth).
  *
  * A sample counts when bulk waited for the window meanwhile, or when it is better than those before: a link on which
  * little was asked for did not become slower. Chunks of one answer that come one behind the other for TRAIN_MS are a
@@ -29,6 +31,13 @@ const SAMPLE_MS_MIN = 100;
 const SAMPLE_MS_MAX = 1000;
 /** Long enough for the same, and on a link that is faster nothing hangs on its rate. */
 const TRAIN_MS = 50;
+/** A rate grows still when it is better than the best before by this. */
+const GROWTH_MIN = 1.25;
+const GROWING_GAIN = 1.5;
+/** So many samples without growth: the link is what holds the rate down. */
+const FLAT_SAMPLES = 3;
+/** Free before more bulk goes out. Without it each chunk that comes in would send for one more, in a batch of its own. */
+const ROOM_SHARE = 1 / 10;
 /** Samples that the best rate is taken from. */
 const SAMPLES = 10;
 /** How long the shortest round trip counts: a route may change, a queue of our own making passes. */
@@ -45,6 +54,9 @@ export class BulkWindow {
   #rtSeenMs = 0;
   /** Stored bytes per millisecond. */
   #rates: number[] = [];
+  /** The last rate that was growth, and samples since. */
+  #grownTo = 0;
+  #flatSamples = 0;
   #bytes = 0;
   /** A sample begins with a chunk, whose own bytes came before it. */
   #sampleStartMs = -Infinity;
@@ -62,7 +74,13 @@ export class BulkWindow {
       return Math.min(WINDOW_BYTES_START + this.#bytes, START_GROWTH * WINDOW_BYTES_START);
     }
     const heldMs = this.#rtMs + Math.max(this.#rtMs, QUEUE_MS);
-    return Math.min(WINDOW_BYTES_MAX, Math.max(WINDOW_BYTES_MIN, best * heldMs));
+    const gain = this.#flatSamples < FLAT_SAMPLES ? GROWING_GAIN : 1;
+    return Math.min(WINDOW_BYTES_MAX, Math.max(WINDOW_BYTES_MIN, best * heldMs * gain));
+  }
+
+  /** Whether bulk waits while so much of it is under way. */
+  isFull(underWayBytes: number): boolean {
+    return underWayBytes > 0 && underWayBytes >= this.bytes * (1 - ROOM_SHARE);
   }
 
   get #best(): number | undefined {
@@ -133,6 +151,11 @@ export class BulkWindow {
   }
 
   #keep(rate: number): void {
+    // Once the link was found its rates only vary: there is no second startup.
+    if (this.#flatSamples < FLAT_SAMPLES && rate > this.#grownTo * GROWTH_MIN) {
+      this.#grownTo = rate;
+      this.#flatSamples = 0;
+    } else this.#flatSamples++;
     this.#rates.push(rate);
     if (this.#rates.length > SAMPLES) this.#rates.shift();
   }

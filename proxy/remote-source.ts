@@ -67,7 +67,7 @@ const BATCH_SHARE = 1 / 4;
 const DRAIN_CHUNKS = 4;
 /** A page that says why not. */
 const ANSWER_BYTES_MAX = 64 * 1024;
-/** Lanes that are opened while the first image's table is on its way: one for demand, three for bulk. */
+/** Lanes opened at once, with the first table or bulk: one for demand, three for bulk. Each takes two round trips. */
 const LANES_AT_OPEN = 4;
 const OCTETS = 'application/octet-stream';
 
@@ -300,8 +300,9 @@ export class RemoteSource implements ChunkSource {
       const items = takeItems(this.#demand, this.#static ? 1 : BATCH_CHUNKS_MAX, Infinity, () => 0);
       this.#run(lane, items, false);
     }
+    if (this.#bulk.length > 0) this.#lanes.expect(Math.min(LANES_AT_OPEN, 1 + this.#bulk.length));
     while (this.#bulk.length > 0) {
-      if (this.#bulkBytes > 0 && this.#bulkBytes >= this.#window.bytes) {
+      if (this.#window.isFull(this.#bulkBytes)) {
         this.#window.onHeldBack();
         return;
       }

@@ -13,10 +13,12 @@ import type { Socket } from 'node:net';
 import ssh2 from 'ssh2';
 import type { AnyAuthMethod, ClientChannel, ParsedKey } from 'ssh2';
 import { asGridError, errnoOf, GridError } from '../src/core/errors.ts';
+import { MIB } from '../src/core/limits.ts';
 import { socketLane } from './http-transport.ts';
 import { HostKeyPolicy } from './known-hosts.ts';
 import { SOFTWARE } from './protocol.ts';
 import { CIPHERS } from './ssh-endpoint.ts';
+import { widenWindow } from './ssh-window.ts';
 import { StreamSocket } from './stream-socket.ts';
 import type { Lane, Transport } from './transport.ts';
 import { lostLane } from './transport.ts';
@@ -26,6 +28,9 @@ const PING_MS = 3_000;
 const SILENCE_MS = 12_000;
 /** stderr of a remote command: its last line may go into a message. */
 const STDERR_BYTES_MAX = 4096;
+/** Beside ssh2's 2 MiB. What a source asks for at once (bulk-window.ts) is the bound of memory, not this: so many lanes
+ * as a batch's share of it takes must not stand still for their windows. */
+const CHANNEL_WINDOW_BYTES = 6 * MIB;
 /** How long to wait for the exit status of a command whose output has ended. */
 const EXIT_STATUS_MS = 1000;
 
@@ -312,6 +317,7 @@ function channelLane(connection: Connection, channel: ClientChannel, name: strin
   channel.on('exit', (code: number | null, signal?: string) => {
     status = code === null ? `was ended by ${signal}` : `ended with status ${code}`;
   });
+  widenWindow(channel, CHANNEL_WINDOW_BYTES);
   const stream = new StreamSocket(channel, channel);
   const last = () => words.trim().split('\n').at(-1)!.trim();
   const closed = new Promise<void>((resolve) => {

@@ -32,7 +32,7 @@ class Link {
     let bytes = 0;
     while (this.nowMs < untilMs) {
       let first = true;
-      while (this.#underWayBytes < this.window.bytes) {
+      while (!this.window.isFull(this.#underWayBytes)) {
         this.#freeMs = Math.max(this.#freeMs, this.nowMs) + CHUNK.storedBytes / this.#bytesPerMs;
         this.#arrivals.push({ atMs: this.#freeMs + this.#rtMs, firstOfAnswer: first });
         this.#underWayBytes += CHUNK.storedBytes;
@@ -69,6 +69,19 @@ for (const [rtMs, mbit] of [
 test('the first second of bulk uses most of a link of 150 ms and 50 Mbit/s', () => {
   const used = new Link(150, 50e6).run(1000);
   assert.ok(used > 0.7, `${(100 * used).toFixed(0)} % used`);
+});
+
+test('the first half second of bulk uses much of a link of 50 ms and 1 Gbit/s', () => {
+  const used = new Link(50, 1e9).run(500);
+  assert.ok(used > 0.4, `${(100 * used).toFixed(0)} % used`);
+});
+
+test('bulk goes out again when a batch has room, not for each chunk that came', () => {
+  const { window } = new Link(30, 100e6);
+  assert.equal(window.isFull(0), false);
+  assert.equal(window.isFull(window.bytes - 1), true);
+  assert.equal(window.isFull(0.95 * window.bytes), true);
+  assert.equal(window.isFull(0.85 * window.bytes), false);
 });
 
 test('a time in which little was asked for makes no smaller window', () => {
