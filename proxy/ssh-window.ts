@@ -19,7 +19,7 @@ interface Inside {
 /** Lets the far side have `bytes` more under way on this channel. False, and all as it was, where ssh2 is another inside. */
 export function widenWindow(channel: ClientChannel, bytes: number): boolean {
   const { incoming, outgoing, _client: client } = channel as unknown as Inside;
-  const protocol = client?._protocol;
+  const { _protocol: protocol } = client ?? {};
   if (typeof incoming?.window !== 'number' || typeof outgoing?.id !== 'number') return false;
   if (typeof protocol?.channelWindowAdjust !== 'function') return false;
   let open = incoming.window + bytes;
