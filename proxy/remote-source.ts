@@ -300,7 +300,7 @@ export class RemoteSource implements ChunkSource {
       const items = takeItems(this.#demand, this.#static ? 1 : BATCH_CHUNKS_MAX, Infinity, () => 0);
       this.#run(lane, items, false);
     }
-    if (this.#bulk.length > 0) this.#lanes.expect(Math.min(LANES_AT_OPEN - 1, this.#bulk.length)); // and one by `take`
+    if (this.#bulk.length > 0) this.#lanes.expect(Math.min(LANES_AT_OPEN - 1, this.#bulk.length));
     while (this.#bulk.length > 0) {
       if (this.#window.isFull(this.#bulkBytes)) {
         this.#window.onHeldBack();
