@@ -302,10 +302,7 @@ export class RemoteSource implements ChunkSource {
     }
     if (this.#bulk.length > 0) this.#lanes.expect(Math.min(LANES_AT_OPEN - 1, this.#bulk.length));
     while (this.#bulk.length > 0) {
-      if (this.#window.isFull(this.#bulkBytes)) {
-        this.#window.onHeldBack();
-        return;
-      }
+      if (this.#window.isFull(this.#bulkBytes)) return this.#window.onHeldBack();
       const lane = this.#lanes.take(true);
       if (!lane) return;
       const items = takeItems(
