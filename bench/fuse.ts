@@ -28,9 +28,12 @@ import { KIB, MIB } from '../src/core/limits.ts';
 import { startService } from './lib/child.ts';
 import { hostFacts, median } from './lib/facts.ts';
 import { headOf } from './lib/record.ts';
+import { abortOnSignals, failed, say } from './lib/scene.ts';
 
-const run = promisify(execFile);
-const say = (text: string) => process.stderr.write(`${text}\n`);
+/** Ends what runs, and then all that was mounted for it. */
+const signal = abortOnSignals();
+const run = (program: string, args: readonly string[], options: { cwd?: string; maxBuffer?: number } = {}) =>
+  promisify(execFile)(program, args, { ...options, signal });
 
 interface Workload {
   readonly name: string;
@@ -310,4 +313,8 @@ async function main(): Promise<void> {
   }
 }
 
-await main();
+try {
+  await main();
+} catch (error) {
+  failed('bench io --case fuse', error);
+}
