@@ -27,7 +27,10 @@ import { gridvfs } from './lib/child.ts';
 import { cloneWorld, printRows, randomOf } from './lib/clones.ts';
 import type { Row } from './lib/clones.ts';
 import { median } from './lib/facts.ts';
+import { abortOnSignals, failed } from './lib/scene.ts';
 
+/** Ends the case that runs, which then undoes what it made. */
+const signal = abortOnSignals();
 const BASE = '5'.repeat(64);
 /** Per round. */
 const READS = 200_000;
@@ -142,6 +145,7 @@ async function mountedRows(folder: string, rounds: number): Promise<Row[]> {
       const random = randomOf(depth);
       const owner = Uint8Array.from({ length: blocks }, () => Math.floor(random() * depth));
       for (let i = 0; i < depth; i++) {
+        signal.throwIfAborted();
         if (i > 0)
           await client.call('POST', '/v1/clones', { from: `d${depth}-${i - 1}`, name: `d${depth}-${i}` });
         const disk = openSync(path.join(mountpoint, 'clones', `d${depth}-${i}`, 'disk.raw'), 'r+');
@@ -167,10 +171,14 @@ async function mountedRows(folder: string, rounds: number): Promise<Row[]> {
 const FIO_SECONDS = 2;
 
 async function fioIops(file: string): Promise<number> {
-  const { stdout } = await promisify(execFile)('fio', [
-    ...['--name=read', `--filename=${file}`, '--readonly', '--rw=randread', '--bs=4k', '--direct=1'],
-    ...['--ioengine=psync', '--time_based', `--runtime=${FIO_SECONDS}`, '--output-format=json'],
-  ]);
+  const { stdout } = await promisify(execFile)(
+    'fio',
+    [
+      ...['--name=read', `--filename=${file}`, '--readonly', '--rw=randread', '--bs=4k', '--direct=1'],
+      ...['--ioengine=psync', '--time_based', `--runtime=${FIO_SECONDS}`, '--output-format=json'],
+    ],
+    { signal },
+  );
   const { jobs } = JSON.parse(stdout) as { jobs: { read: { iops: number } }[] };
   return jobs[0]!.read.iops;
 }
@@ -188,6 +196,7 @@ async function createRows(folder: string, rounds: number): Promise<Row[]> {
   const memory: number[] = [];
   let diskBytes = 0;
   for (let round = 0; round < rounds + 3; round++) {
+    signal.throwIfAborted();
     globalThis.gc?.();
     const before = rssBytes();
     const startMs = performance.now();
@@ -248,7 +257,10 @@ async function manyRows(folder: string): Promise<Row[]> {
     if (all.length !== count) throw new Error(`${all.length} clones listed`);
   });
   await step('remove all', async () => {
-    for (const name of names) await clones.remove(name);
+    for (const name of names) {
+      signal.throwIfAborted();
+      await clones.remove(name);
+    }
   });
   const left = readdirSync(path.join(folder, 'state', 'layers')).length;
   const open = readdirSync('/proc/self/fd').length - descriptors;
@@ -275,14 +287,19 @@ const cases: Record<string, (folder: string) => Promise<Row[]>> = {
   create: (folder) => createRows(folder, rounds),
   many: (folder) => manyRows(folder),
 };
-const rows: Row[] = [];
-for (const [name, run] of Object.entries(cases)) {
-  if (values.only !== undefined && values.only !== name) continue;
-  const folder = await mkdtemp(path.join(values.folder, 'gridvfs-bench-clone-'));
-  try {
-    rows.push(...(await run(folder)));
-  } finally {
-    await rm(folder, { recursive: true, force: true });
+try {
+  const rows: Row[] = [];
+  for (const [name, run] of Object.entries(cases)) {
+    if (values.only !== undefined && values.only !== name) continue;
+    signal.throwIfAborted();
+    const folder = await mkdtemp(path.join(values.folder, 'gridvfs-bench-clone-'));
+    try {
+      rows.push(...(await run(folder)));
+    } finally {
+      await rm(folder, { recursive: true, force: true });
+    }
   }
+  await printRows(rows, values.json);
+} catch (error) {
+  failed('bench/clone.ts', error);
 }
-await printRows(rows, values.json);
