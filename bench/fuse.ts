@@ -72,22 +72,36 @@ interface Subject {
   readonly workloads: readonly Workload[];
 }
 
-const { values } = parseArgs({
-  options: {
-    runs: { type: 'string', default: '3' },
-    seconds: { type: 'string', default: '2' },
-    'size-mib': { type: 'string', default: '2048' },
-    workers: { type: 'string' },
-    json: { type: 'string' },
-  },
-});
-const count = (name: 'runs' | 'seconds' | 'size-mib') => {
-  const value = Number(values[name]);
-  if (!Number.isSafeInteger(value) || value < 1)
-    throw new RangeError(`--${name} ${values[name]}: write a whole number of at least 1`);
-  return value;
-};
-const settings = { runs: count('runs'), seconds: count('seconds'), sizeBytes: count('size-mib') * MIB };
+function options() {
+  const { values } = parseArgs({
+    options: {
+      runs: { type: 'string', default: '3' },
+      seconds: { type: 'string', default: '2' },
+      'size-mib': { type: 'string', default: '2048' },
+      workers: { type: 'string' },
+      json: { type: 'string' },
+    },
+  });
+  const count = (name: 'runs' | 'seconds' | 'size-mib') => {
+    const value = Number(values[name]);
+    if (!Number.isSafeInteger(value) || value < 1)
+      throw new RangeError(`--${name} ${values[name]}: write a whole number of at least 1`);
+    return value;
+  };
+  return {
+    values,
+    settings: { runs: count('runs'), seconds: count('seconds'), sizeBytes: count('size-mib') * MIB },
+  };
+}
+
+const { values, settings } = (() => {
+  try {
+    return options();
+  } catch (error) {
+    failed('bench io --case fuse', error);
+    return process.exit();
+  }
+})();
 
 /** One run of fio: MiB/s for large blocks, operations a second for small ones. */
 async function fio(subject: Subject, workload: Workload, folder: string, round: number): Promise<number> {

@@ -110,7 +110,7 @@ export class Profiles {
 
 /** What is told about a start that is recorded. */
 export interface StartRecording {
-  /** What is touched from now on is late. Idempotent. */
+  /** The guest has answered: what is early is a share of the time until now. Idempotent. */
   answered(): void;
   /** Ends it, and merges it into the profile; undefined when it does not count. Idempotent. */
   finish(): Promise<Profile | undefined>;
@@ -161,8 +161,8 @@ export class Recording implements UseListener {
     this.#file.recordings.delete(this);
   }
 
-  /** The guest does now what it was started for. A resumed one has touched by then what the next waits for, and does for
-   * the rest of the recording what it does at rest: that is late, whatever share of the time it took. */
+  /** The guest does now what it was started for. What a resumed one does in the rest of the recording it does at rest:
+   * that is late, and its time does not count for the share that is early. */
   answered(): void {
     this.#file.harvest();
     this.#answeredMs ??= performance.now();

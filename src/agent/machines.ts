@@ -28,6 +28,7 @@ const FAILED_KEPT_MAX = 20;
 const STOP_ALL_MS = 60_000;
 /** A VM's own clones are named after it, with `-disk` and `-memory`. */
 const VM_NAME_LENGTH_MAX = NAME_LENGTH_MAX - 7;
+
 export class Machines {
   readonly #vmm: Vmm;
   readonly #folder: string;
@@ -432,7 +433,10 @@ export class Machines {
       opens: [kernel, initrd, base].filter((one) => one !== undefined),
       begin: (folder) => this.#vmm.start(description, folder),
     });
-    await this.#discardMemory(record.id, memory);
+    // It runs: what is left of the memory must not end it.
+    await this.#discardMemory(record.id, memory).catch((error: unknown) =>
+      this.#log(`VM ${record.id}: its old memory is still there: ${String(error)}`),
+    );
   }
 
   /** What a VM went on in; `kept`: all but the clone that is its own. */

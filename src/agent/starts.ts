@@ -27,7 +27,7 @@ export interface Starts {
 }
 
 export interface Start {
-  /** A resumed guest has answered: the next one's answer waits for what it touched until now. Idempotent. */
+  /** A resumed guest has answered: what it does from now on, the next one's answer does not wait for. Idempotent. */
   answered(): void;
   /** The guest is ready, and has done what a start does after that. Idempotent. */
   ended(): void;
