@@ -67,7 +67,7 @@ test('what the profile names is fetched, and read into the pages of the file tha
   });
   await becomesResident(chunks.length * CHUNK_BYTES);
   assert.equal((await cache.presentRanges(fixture.digest)).length, chunks.length);
-  await sleep(100);
+  for (let at = 0; at < 100 && isOpen(); at++) await sleep(50);
   assert.ok(!isOpen(), 'nobody has it open any more: the mount can be unmounted');
   start.gone();
   await cache.close();
