@@ -6,33 +6,43 @@ import { HELLO_PATH, PROTOCOL_VERSION, TAGS_PATH, remoteError } from './protocol
 
 type Get = (path: string, bytesMax: number) => Promise<{ status: number; body: Buffer }>;
 
-/**
- * 'server': one of ours. 'static': a web server with the files of a store, recognized by its tag list. Throws
- * newer-format, not-found (no store there), denied, origin-failed.
- */
-export async function greet(get: Get, name: string): Promise<'server' | 'static'> {
-  const hello = await get(HELLO_PATH, 64 * KIB);
-  const protocol = hello.status === 200 ? protocolOf(hello.body) : undefined;
-  if (protocol !== undefined) {
-    if (protocol <= PROTOCOL_VERSION) return 'server';
+export interface Greeting {
+  /** One of ours, or a web server with the files of a store, recognized by its tag list. */
+  readonly kind: 'server' | 'static';
+  /** Lanes that cost the far side next to nothing while they are idle. */
+  readonly idleLanes: number;
+  /** It answers with more than a manifest: openings.ts. */
+  readonly openings: boolean;
+}
+
+/** Throws newer-format, not-found (no store there), denied, origin-failed. */
+export async function greet(get: Get, name: string): Promise<Greeting> {
+  const answer = await get(HELLO_PATH, 64 * KIB);
+  const hello = answer.status === 200 ? helloOf(answer.body) : undefined;
+  if (hello !== undefined) {
+    const { protocol, ...greeting } = hello;
+    if (protocol <= PROTOCOL_VERSION) return { kind: 'server', ...greeting };
     throw new GridError(
       'newer-format',
       `${name} speaks protocol ${protocol}, this gridvfs ${PROTOCOL_VERSION}: upgrade this one`,
     );
   }
-  if (hello.status >= 500) throw remoteError(hello.body, hello.status, name);
+  if (answer.status >= 500) throw remoteError(answer.body, answer.status, name);
   const tags = await get(TAGS_PATH, TAGS_BYTES_MAX);
   if (tags.status !== 200) throw remoteError(tags.body, tags.status, `there is no gridvfs store at ${name}`);
   parseTags(tags.body, `the tag list of ${name}`);
-  return 'static';
+  return { kind: 'static', idleLanes: 0, openings: false };
 }
 
-/** The protocol version of a hello; undefined when it is something else's page. */
-function protocolOf(body: Buffer): number | undefined {
+/** Undefined when it is something else's page. */
+function helloOf(body: Buffer): ({ protocol: number } & Omit<Greeting, 'kind'>) | undefined {
   try {
-    const hello: unknown = JSON.parse(body.toString());
-    if (typeof hello !== 'object' || hello === null || !('protocol' in hello)) return undefined;
-    return typeof hello.protocol === 'number' && hello.protocol >= 1 ? hello.protocol : undefined;
+    const { protocol, idleLanes, openings } = Object(JSON.parse(body.toString())) as Partial<
+      Record<string, unknown>
+    >;
+    if (typeof protocol !== 'number' || protocol < 1) return undefined;
+    const lanes = typeof idleLanes === 'number' && idleLanes > 0 ? idleLanes : 0;
+    return { protocol, idleLanes: lanes, openings: openings === true };
   } catch {
     return undefined;
   }

@@ -16,6 +16,8 @@ export class LanePool {
   readonly #lanes = new Set<Lane>();
   /** Bulk never takes it (unless it is the only one allowed). */
   #reserved: Lane | undefined;
+  /** So many are opened with the first one, and stand idle: what a start asks for first waits for no lane. */
+  standing = 1;
   #opening = 0;
   #closed = false;
 
@@ -30,6 +32,7 @@ export class LanePool {
     if (this.#reserved?.alive !== true) this.#reserved = lane;
     this.#lanes.add(lane);
     this.release(lane);
+    if (this.#lanes.size === 1) this.expect(this.standing);
   }
 
   /** The exchange on a lane is over. */

@@ -2,9 +2,11 @@
  * The inter-proxy protocol: HTTP/1.1, paths equal to the store's file layout, so that a static server can stand
  * in for all of it but the batch.
  *
- *   GET  /v1/                        hello: { protocol, software }
+ *   GET  /v1/                        hello: { protocol, software, openings: true, idleLanes? }; idleLanes: so many lanes
+ *                                    may stand idle between starts, they cost this side next to nothing
  *   GET  /v1/tags.json               encodeTags(); the only thing that changes
  *   GET  /v1/manifests/<ab>/<digest> manifest bytes
+ *   GET  /v1/openings/<ab>/<digest>  a manifest, with what is asked for next (openings.ts)
  *   GET  /v1/tables/<ab>/<digest>    zstd of the chunk table
  *   GET  /v1/chunks/<ab>/<digest>    zstd of the chunk
  *   GET  /v1/profiles/<ab>/<manifest>/<purpose>.json   the profile, where there is one
@@ -65,6 +67,12 @@ export function objectPath(kind: ObjectKind, digest: Digest): string {
 function refuseOdd(digest: Digest): void {
   if (!isDigest(digest))
     throw new GridError('bad-request', `'${String(digest).slice(0, 80)}' is not a digest`);
+}
+
+/** The digest that a request names, below its own folder. Throws bad-request. */
+export function checkedObject({ ab, digest }: { ab: string; digest: string }): Digest {
+  if (isDigest(digest) && ab === digest.slice(0, 2)) return digest;
+  throw new GridError('bad-request', `'${digest.slice(0, 80)}' is not a digest below its own folder`);
 }
 
 /** Throws bad-request, likewise. */

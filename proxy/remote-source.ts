@@ -24,7 +24,6 @@ import type { ChunkRef, StoredChunk } from '../src/core/chunk.ts';
 import { GridError } from '../src/core/errors.ts';
 import {
   BATCH_CHUNKS_MAX,
-  MANIFEST_BYTES_MAX,
   PROFILE_BYTES_MAX,
   STORED_OVERHEAD_BYTES_MAX,
   TABLE_BYTES_MAX,
@@ -38,6 +37,7 @@ import { BulkWindow } from './bulk-window.ts';
 import { greet } from './greeting.ts';
 import { holdClient } from './holds.ts';
 import { LanePool } from './lane-pool.ts';
+import { Openings } from './openings.ts';
 import {
   BATCH_PATH,
   BATCH_TYPE,
@@ -67,7 +67,7 @@ const BATCH_SHARE = 1 / 4;
 const DRAIN_CHUNKS = 4;
 /** A page that says why not. */
 const ANSWER_BYTES_MAX = 64 * 1024;
-/** Lanes opened at once, with the first table or bulk: one for demand, three for bulk. Each takes two round trips. */
+/** Lanes opened at once, each in two round trips: one for demand, three for bulk. */
 const LANES_AT_OPEN = 4;
 const OCTETS = 'application/octet-stream';
 
@@ -83,6 +83,7 @@ export class RemoteSource implements ChunkSource {
   readonly #fetches: Fetch[] = [];
   #demand: Item[] = [];
   #bulk: Item[] = [];
+  readonly #openings = new Openings();
   readonly #lanes: LanePool;
   readonly #recovery: Recovery;
   #bulkBytes = 0;
@@ -141,13 +142,12 @@ export class RemoteSource implements ChunkSource {
   }
 
   async readManifest(digest: Digest): Promise<Buffer> {
-    return this.#fetch({ path: objectPath('manifests', digest), bytesMax: MANIFEST_BYTES_MAX });
+    return this.#openings.manifest(digest, (wanted) => this.#fetch(wanted));
   }
 
   async readTable(digest: Digest): Promise<Buffer> {
-    // Somebody opens an image: its chunks come next.
-    if (!this.#broken) this.#lanes.expect(LANES_AT_OPEN);
-    const stored = await this.#fetch({ path: objectPath('tables', digest), bytesMax: TABLE_BYTES_MAX });
+    if (!this.#broken) this.#lanes.expect(LANES_AT_OPEN); // its chunks come next
+    const stored = await this.#openings.table(digest, (wanted) => this.#fetch(wanted));
     return decompress(stored, TABLE_BYTES_MAX, `chunk table ${digest.slice(0, 12)} of ${this.name}`);
   }
 
@@ -160,10 +160,9 @@ export class RemoteSource implements ChunkSource {
     }
   }
 
-  /** Should the way break before the answer comes, it is sent again and may count as two runs; sets stay the same. */
+  /** Should the way break before the answer comes, it is sent again, and may count as two runs. */
   async recordProfile(manifest: Digest, purpose: Purpose, recording: Buffer): Promise<void> {
-    const refusal = `${this.name} is a static web server and takes no recordings`;
-    if (this.#static) throw new GridError('denied', refusal);
+    if (this.#static) throw new GridError('denied', `${this.name} is static: it takes no recordings`);
     await this.#fetch({ path: profilePath(manifest, purpose), bytesMax: ANSWER_BYTES_MAX, body: recording });
   }
 
@@ -187,7 +186,7 @@ export class RemoteSource implements ChunkSource {
     this.#refuseWhenClosed();
     const cancelled = () => new GridError('closed', `a read from ${this.name} was cancelled`);
     if (signal?.aborted) throw cancelled();
-    if (refs.length === 0) return;
+    if (refs.length === 0 || this.#openings.deliver(refs, deliver)) return;
     this.#counts.requests++;
     let onAbort: (() => void) | undefined;
     let call: Call;
@@ -243,7 +242,10 @@ export class RemoteSource implements ChunkSource {
       const bound = AbortSignal.timeout(timeoutMs);
       try {
         const exchange = (path: string, bytesMax: number) => this.#exchange(lane, { path, bytesMax }, bound);
-        this.#static = (await greet(exchange, this.name)) === 'static';
+        const { kind, idleLanes, openings } = await greet(exchange, this.name);
+        this.#static = kind === 'static';
+        this.#openings.known = openings;
+        this.#lanes.standing = Math.min(LANES_AT_OPEN, idleLanes);
       } catch (error) {
         if (bound.aborted) {
           throw new GridError('unreachable', `${this.name} did not answer within ${timeoutMs} ms`, {

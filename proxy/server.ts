@@ -14,7 +14,6 @@ import type { AddressInfo } from 'node:net';
 import type { Duplex, Readable, Writable } from 'node:stream';
 import Fastify from 'fastify';
 import type { FastifyInstance, FastifyReply } from 'fastify';
-import { isDigest } from '../src/core/bytes.ts';
 import { compress } from '../src/core/chunk.ts';
 import type { ChunkRef, StoredChunk } from '../src/core/chunk.ts';
 import { GridError, asGridError } from '../src/core/errors.ts';
@@ -33,11 +32,13 @@ import {
   encodeChunkHeader,
   encodeEnd,
   encodeError,
+  checkedObject,
   errorBody,
   parseBatchRequest,
   profilePath,
 } from './protocol.ts';
 import { holdRoutes } from './holds.ts';
+import { openingRoutes } from './openings.ts';
 import type { ServedRoute, ServerMetrics } from './server-metrics.ts';
 import { StreamSocket } from './stream-socket.ts';
 import { uploadRoutes } from './upload-routes.ts';
@@ -65,6 +66,8 @@ export interface AttachOptions {
   readonly authenticated?: boolean;
   /** It may also make new images; default: what `acceptUploads` says for those authenticated. */
   readonly mayUpload?: boolean;
+  /** It is told that this many lanes may stand idle; default 0: each costs a process or a connection. */
+  readonly idleLanes?: number;
 }
 
 export interface ProxyServer {
@@ -87,8 +90,19 @@ export function createServer(source: ChunkSource, options: ServerOptions = {}): 
   const stopping = new AbortController();
   const authenticatedStreams = new WeakSet<Duplex>();
   const uploadStreams = new WeakSet<Duplex>();
+  const idleLanes = new WeakMap<Duplex, number>();
   defineRoutes(app, source, stopping.signal, options);
+  app.get(HELLO_PATH, ({ raw }) => {
+    const idle = idleLanes.get(raw.socket);
+    return {
+      protocol: PROTOCOL_VERSION,
+      software: SOFTWARE,
+      openings: true,
+      ...(idle === undefined ? {} : { idleLanes: idle }),
+    };
+  });
   profileRoutes(app, source, authenticatedStreams);
+  openingRoutes(app, source);
   holdRoutes(app, source, authenticatedStreams);
   uploadRoutes(app, source.uploads, ({ raw }) => uploadStreams.has(raw.socket));
   const ready = app.ready();
@@ -101,6 +115,7 @@ export function createServer(source: ChunkSource, options: ServerOptions = {}): 
     {
       authenticated = false,
       mayUpload = authenticated && options.acceptUploads === true,
+      idleLanes: idle,
     }: AttachOptions = {},
   ) => {
     await ready;
@@ -111,6 +126,7 @@ export function createServer(source: ChunkSource, options: ServerOptions = {}): 
     streams.add(stream);
     if (authenticated) authenticatedStreams.add(stream);
     if (mayUpload) uploadStreams.add(stream);
+    if (idle !== undefined) idleLanes.set(stream, idle);
     stream.once('close', () => streams.delete(stream));
     stream.on('error', () => stream.destroy());
     server!.emit('connection', stream);
@@ -207,7 +223,6 @@ function defineRoutes(
       return { status: 'degraded', reason: asGridError(error, `cannot read ${source.name}`).message };
     }
   });
-  app.get(HELLO_PATH, () => ({ protocol: PROTOCOL_VERSION, software: SOFTWARE }));
   app.get(TAGS_PATH, async (_request, reply) =>
     reply
       .header('cache-control', 'no-cache')
@@ -221,10 +236,7 @@ function defineRoutes(
     read: (digest: string, signal: AbortSignal) => Promise<Buffer>,
   ) => {
     app.get<{ Params: { ab: string; digest: string } }>(`/v1/${kind}/:ab/:digest`, async (request, reply) => {
-      const { ab, digest } = request.params;
-      if (!isDigest(digest) || ab !== digest.slice(0, 2)) {
-        throw new GridError('bad-request', `'${digest.slice(0, 80)}' is not a digest below its own folder`);
-      }
+      const digest = checkedObject(request.params);
       const signal = signalOf(reply.raw, stopping);
       return reply
         .header('cache-control', IMMUTABLE)
@@ -272,6 +284,7 @@ function routeOf(pattern: string | undefined): ServedRoute {
     case BATCH_PATH:
       return 'batch';
     case '/v1/manifests/:ab/:digest':
+    case '/v1/openings/:ab/:digest':
       return 'manifest';
     case '/v1/tables/:ab/:digest':
       return 'table';

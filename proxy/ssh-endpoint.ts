@@ -195,7 +195,11 @@ function serveConnection(
       const stream = new StreamSocket(channel, channel, socket);
       // What a client asks for itself permits nothing; what the operator wrote beside its key does.
       const mayUpload = forced !== undefined && asked.acceptUploads;
-      void options.server.attach(stream, { authenticated: true, ...(mayUpload ? { mayUpload } : {}) });
+      void options.server.attach(stream, {
+        authenticated: true,
+        idleLanes: CHANNELS_MAX,
+        ...(mayUpload ? { mayUpload } : {}),
+      });
     });
   });
 }

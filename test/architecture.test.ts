@@ -21,7 +21,7 @@ const FOLDERS: Record<string, { packages: string[]; folders?: string[] }> = {
   'src/agent': { packages: ['fastify', 'prom-client'] },
   'src/broker': { packages: ['fastify', '@fastify/rate-limit', '@fastify/swagger', 'pg'] },
   cache: { packages: ['lru-cache'] },
-  proxy: { packages: ['fastify', 'prom-client', 'ssh2'] },
+  proxy: { packages: ['fastify', 'lru-cache', 'prom-client', 'ssh2'] },
   'src/cli': {
     packages: ['commander', 'cli-progress', 'smol-toml'],
     folders: [
