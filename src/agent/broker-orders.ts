@@ -24,6 +24,7 @@ import type {
   VolumeSave,
 } from '../core/grid.ts';
 import type { MachineSegment } from '../core/machine.ts';
+import { Turns } from '../core/turns.ts';
 import type { LeasedVm, LeasedVms } from './broker-lease.ts';
 
 export interface LinkVm extends LeasedVm {
@@ -107,8 +108,8 @@ export class OrderWork {
   readonly #leased: LeasedVms;
   readonly #refresh: () => void;
   #closed = false;
-  /** By VM: the last of its orders. */
-  readonly #last = new Map<string, Promise<unknown>>();
+  /** Orders, by VM. */
+  readonly #turns = new Turns();
 
   constructor(parts: OrderParts, leased: LeasedVms, refresh: () => void) {
     this.#parts = parts;
@@ -123,7 +124,7 @@ export class OrderWork {
 
   /** VMs that something is done to: they are this host's also where no list has them at the moment. */
   busy(): string[] {
-    return [...this.#last.keys()];
+    return this.#turns.names();
   }
 
   /** Never rejects. */
@@ -142,13 +143,15 @@ export class OrderWork {
       case 'run':
         return this.#run(order);
       case 'stop':
-        return this.#inTurn(order.vm, () => this.#stop(order.vm, order.graceMs));
+        return this.#turns.run(order.vm, () => this.#stop(order.vm, order.graceMs));
       case 'suspend':
-        return this.#inTurn(order.vm, () => this.#suspend(order.vm, order.checkpoint, order.saves ?? []));
+        return this.#turns.run(order.vm, () => this.#suspend(order.vm, order.checkpoint, order.saves ?? []));
       case 'checkpoint':
-        return this.#inTurn(order.vm, () => this.#checkpoint(order.vm, order.checkpoint, order.saves ?? []));
+        return this.#turns.run(order.vm, () =>
+          this.#checkpoint(order.vm, order.checkpoint, order.saves ?? []),
+        );
       case 'commit':
-        return this.#inTurn(order.vm, () =>
+        return this.#turns.run(order.vm, () =>
           this.#made(machines.commit(order.vm, order.reference, order.labels ?? {})),
         );
       case 'command':
@@ -157,9 +160,9 @@ export class OrderWork {
       case 'connect':
         return this.#parts.connect(order.vm, order.port, order.stream).then(() => ({}));
       case 'attach':
-        return this.#inTurn(order.vm, () => volumes.attach(order.vm, order.volume)).then(() => ({}));
+        return this.#turns.run(order.vm, () => volumes.attach(order.vm, order.volume)).then(() => ({}));
       case 'detach':
-        return this.#inTurn(order.vm, () => volumes.detach(order.vm, order.name)).then(() => ({}));
+        return this.#turns.run(order.vm, () => volumes.detach(order.vm, order.name)).then(() => ({}));
       case 'make-volume':
         return this.#made(volumes.make(order));
       case 'save-volume':
@@ -173,20 +176,6 @@ export class OrderWork {
         return Promise.resolve({});
       default:
         throw new GridError('unsupported', `this gridvfs knows no order '${(order as Order).kind}'`);
-    }
-  }
-
-  async #inTurn<T>(vm: string, task: () => Promise<T>): Promise<T> {
-    const before = this.#last.get(vm);
-    const mine = (async () => {
-      await before?.catch(() => undefined);
-      return task();
-    })();
-    this.#last.set(vm, mine);
-    try {
-      return await mine;
-    } finally {
-      if (this.#last.get(vm) === mine) this.#last.delete(vm);
     }
   }
 
@@ -258,7 +247,7 @@ export class OrderWork {
   async #run(order: Extract<Order, { kind: 'run' }>): Promise<Result> {
     const { machines } = this.#parts;
     const before = (await this.#parts.cache()).fetchedBytes;
-    let vm = await this.#inTurn(order.vm, async () => {
+    let vm = await this.#turns.run(order.vm, async () => {
       if (order.restart) {
         await this.#leased.add(order.vm);
         if (!this.#leased.leased) throw new GridError('closed', 'this host has no lease to start it under');

@@ -182,6 +182,7 @@ export class Checkpoints {
         local: { vm: record, memoryClone },
       };
       const checkpoint: LocalCheckpoint = { facts, deviceState: await readFile(state) };
+      await this.#clones.synced(disksOf(record));
       await this.#write(id, checkpoint);
       const pausedMs = performance.now() - startMs;
       vm.suspended = true;
@@ -425,7 +426,6 @@ export class Checkpoints {
     };
   }
 
-  /** Of all its disks. */
   async #diskSeal(vm: VmRecord): Promise<string> {
     const seals = await Promise.all(disksOf(vm).map((clone) => quickSeal(this.#clones.layersOf(clone))));
     return seals.length === 1 ? seals[0]! : sha256(Buffer.from(seals.join('\n')));

@@ -30,7 +30,9 @@ export interface CloneDisk extends Image {
 
 /** How layers are made and laid over their bases; given by whoever wires the agent. */
 export interface CloneParts {
-  createLayer(folder: string, below: CloneChain, sizeBytes: number): Promise<void>;
+  /** Unless `durable` is false, it survives power loss when this resolves; else when `syncLayer` has resolved. */
+  createLayer(folder: string, below: CloneChain, sizeBytes: number, durable?: boolean): Promise<void>;
+  syncLayer(folder: string): Promise<void>;
   /** The writable disk: the layers over `image`, or over zeros when undefined. */
   openDisk(chain: CloneChain, image: Digest | undefined): Promise<CloneDisk>;
 }

@@ -3,7 +3,7 @@
  * folders of `layers/`; the last one is its own, the others are frozen and shared. A record is replaced by rename,
  * which is the one moment in which a clone changes; a layer that no record names is garbage.
  */
-import { open, readFile, rename, rm, writeFile } from 'node:fs/promises';
+import { open, readdir, readFile, rename, rm, stat, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import type { Digest } from '../core/bytes.ts';
 import { isDigest } from '../core/bytes.ts';
@@ -59,13 +59,13 @@ export interface PushedState {
 
 export const RECORD_FILE = 'clone.json';
 
-/** Puts the record into `folder` (which is there), durable when it resolves. */
-export async function writeRecord(folder: string, record: CloneRecord): Promise<void> {
+/** Puts the record into `folder` (which is there), durable when it resolves unless `durable` is false. */
+export async function writeRecord(folder: string, record: CloneRecord, durable = true): Promise<void> {
   const file = path.join(folder, RECORD_FILE);
   try {
-    await writeFile(`${file}.new`, JSON.stringify(record) + '\n', { flush: true });
+    await writeFile(`${file}.new`, JSON.stringify(record) + '\n', { flush: durable });
     await rename(`${file}.new`, file);
-    await syncFolder(folder);
+    if (durable) await syncFolder(folder);
   } catch (error) {
     await rm(`${file}.new`, { force: true });
     throw error;
@@ -99,6 +99,31 @@ export async function readRecord(folder: string): Promise<CloneRecord> {
   return record as CloneRecord;
 }
 
+/** Of all clones in `folder`. Removes what is half-made; one that cannot be read is said and left alone. */
+export async function readRecords(
+  folder: string,
+  log: (line: string) => void,
+): Promise<{ readonly records: CloneRecord[]; readonly unreadable: number }> {
+  const records: CloneRecord[] = [];
+  let unreadable = 0;
+  for (const name of await readdir(folder)) {
+    const clone = path.join(folder, name);
+    const stats = await stat(path.join(clone, RECORD_FILE)).catch(() => undefined);
+    // Without a byte: the power failed before a record that nobody had made durable yet reached the disk.
+    if (name.startsWith('.') || stats?.size === 0) {
+      await rm(clone, { recursive: true, force: true });
+      continue;
+    }
+    try {
+      records.push(await readRecord(clone));
+    } catch (error) {
+      unreadable++;
+      log(`clone ${name} is left alone, it cannot be read: ${String(error)}`);
+    }
+  }
+  return { records, unreadable };
+}
+
 function isPushed({ reference, lineage, generation, manifest, table, pending }: PushedState): boolean {
   return (
     typeof reference === 'string' &&
@@ -129,4 +154,9 @@ export async function syncFolder(folder: string): Promise<void> {
   } finally {
     await handle.close();
   }
+}
+
+/** It goes with its VM, and the VM with the power of this host. */
+export function isVolatile(clone: { readonly kind?: CloneKind; readonly vm?: string }): boolean {
+  return (clone.kind ?? 'non-persistent') === 'non-persistent' && clone.vm !== undefined;
 }

@@ -32,3 +32,7 @@ export interface Filling {
   totalBytes: number;
   failure?: string;
 }
+
+export function fillingOf({ doneBytes, totalBytes, failure }: Filling): CloneStatus['filling'] & {} {
+  return { doneBytes, totalBytes, ...(failure === undefined ? {} : { failure }) };
+}

@@ -9,7 +9,7 @@
  */
 import { randomBytes } from 'node:crypto';
 import { closeSync, openSync } from 'node:fs';
-import { mkdir, readdir, rename, rm, statfs } from 'node:fs/promises';
+import { mkdir, rename, rm, statfs } from 'node:fs/promises';
 import path from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { checkedNumber } from '../core/bytes.ts';
@@ -18,12 +18,14 @@ import type { Image } from '../core/image.ts';
 import { IMAGE_BYTES_MAX } from '../core/limits.ts';
 import { tryLock } from '../core/linux.ts';
 import { isName } from '../core/manifest.ts';
-import { readRecord, syncFolder, writeRecord } from './clone-record.ts';
+import { Turns } from '../core/turns.ts';
+import { isVolatile, readRecords, syncFolder, writeRecord } from './clone-record.ts';
 import type { CloneChain, CloneDisk, CloneParts, CreateOptions, DiskSnapshot } from './clone-parts.ts';
 import type { CloneRecord, PushedState } from './clone-record.ts';
-import { entryOf } from './clone-status.ts';
+import { entryOf, fillingOf } from './clone-status.ts';
 import type { CloneEntry, CloneStatus, Filling } from './clone-status.ts';
 import { allocatedIn, LayerFolders } from './layer-folders.ts';
+import { PutOff } from './put-off.ts';
 import { SharedImage, usagesOf } from './shared-image.ts';
 
 const STAT_TURN = 64;
@@ -44,7 +46,10 @@ export class Clones {
   readonly #held = new Map<string, string>();
   readonly #fillings = new Map<string, Filling>();
   /** The last operation on each clone: open, close and removal of one clone never overlap. */
-  readonly #turns = new Map<string, Promise<unknown>>();
+  readonly #turns = new Turns();
+  readonly #unsynced = new PutOff((id, error) =>
+    this.#log(`clone ${id} is not on the disk yet: ${String(error)}`),
+  );
 
   private constructor(root: string, parts: CloneParts, log: (line: string) => void, lockFd: number) {
     this.#root = root;
@@ -78,21 +83,12 @@ export class Clones {
 
   async #read(): Promise<void> {
     await this.#layers.make();
-    let unreadable = 0;
-    for (const name of await readdir(path.join(this.#root, 'clones'))) {
-      const folder = this.#folderOf(name);
-      if (name.startsWith('.')) {
-        await rm(folder, { recursive: true, force: true });
-        continue;
-      }
-      try {
-        const record = await readRecord(folder);
-        this.#records.set(record.id, record);
-        this.#layers.use(record.layers);
-      } catch (error) {
-        unreadable++;
-        this.#log(`clone ${name} is left alone, it cannot be read: ${String(error)}`);
-      }
+    const { records, unreadable } = await readRecords(path.join(this.#root, 'clones'), this.#log);
+    for (const record of records) {
+      this.#records.set(record.id, record);
+      this.#layers.use(record.layers);
+      // A killed daemon may have put it off.
+      if (isVolatile(record)) this.#unsynced.add(record.id, () => this.#sync(record));
     }
     // The layers of one that cannot be read may be any of those that nobody else names.
     if (unreadable === 0) await this.#layers.sweep();
@@ -116,12 +112,14 @@ export class Clones {
     }
     if (options.from !== undefined) await this.#lastClose(options.from);
     checkedNumber(options.sizeBytes, 'size of the clone in bytes', IMAGE_BYTES_MAX);
-    const record = await this.#inTurn(id, async () => {
+    const record = await this.#turns.run(id, async () => {
       if (this.#records.has(id)) throw new GridError('exists', `there is a clone '${id}' already`);
       const { from, kind = 'non-persistent' } = options;
       if (from !== undefined) this.get(from); // it cannot be the one that is being made
-      const below = from === undefined ? undefined : await this.#inTurn(from, () => this.#freeze(from, id));
+      const below =
+        from === undefined ? undefined : await this.#turns.run(from, () => this.#freeze(from, id));
       const detached = options.detached ?? below?.detached;
+      const putOff = isVolatile(options) && below === undefined && options.content === undefined;
       const layer = this.#layers.newName();
       const made: CloneRecord = {
         schema: 2,
@@ -148,12 +146,14 @@ export class Clones {
             `clone '${from}' has ${below.sizeBytes} bytes; a clone of it cannot be smaller`,
           );
         }
-        await this.#parts.createLayer(this.#layers.pathOf(layer), this.#chainOf(made, -1), made.sizeBytes);
+        const folder = this.#layers.pathOf(layer);
+        await this.#parts.createLayer(folder, this.#chainOf(made, -1), made.sizeBytes, !putOff);
         await options.content?.(this.#chainOf(made));
         await mkdir(temporary);
-        await writeRecord(temporary, made);
+        await writeRecord(temporary, made, !putOff);
         await rename(temporary, this.#folderOf(id));
-        await syncFolder(path.join(this.#root, 'clones'));
+        if (putOff) this.#unsynced.add(id, () => this.#sync(made));
+        else await syncFolder(path.join(this.#root, 'clones'));
         this.#records.set(id, made);
       } catch (error) {
         await rm(temporary, { recursive: true, force: true });
@@ -166,10 +166,22 @@ export class Clones {
     return record;
   }
 
+  /** Clones of a VM are as durable as any others when this resolves. Throws what the disk says. */
+  async synced(ids: readonly string[]): Promise<void> {
+    await Promise.all(ids.map((id) => this.#unsynced.done(id)));
+  }
+
+  async #sync(record: CloneRecord): Promise<void> {
+    await this.#parts.syncLayer(this.#layers.pathOf(record.layers.at(-1)!));
+    await writeRecord(this.#folderOf(record.id), record);
+    await syncFolder(path.join(this.#root, 'clones'));
+  }
+
   /** The disk of a stopped clone as layers that stay as they are; the clone goes on in a new, empty one. */
   async #freeze(id: string, child: string): Promise<CloneRecord> {
     const record = this.get(id);
     this.#checkFree(id, `made the base of '${child}'`);
+    await this.#unsynced.done(id);
     const disk = await this.#openDisk(record);
     let empty: boolean;
     try {
@@ -194,7 +206,7 @@ export class Clones {
 
   /** Changes a clone's quota (undefined: none), also while it is open. */
   setQuota(id: string, quotaBytes: number | undefined): Promise<void> {
-    return this.#inTurn(id, async () => {
+    return this.#turns.run(id, async () => {
       const { quotaBytes: _before, ...record } = this.get(id);
       await this.#replace(quotaBytes === undefined ? record : { ...record, quotaBytes });
       this.#open.get(id)?.image.setQuota(quotaBytes);
@@ -221,15 +233,7 @@ export class Clones {
         .slice(0, -1)
         .reduce((sum, name) => sum + allocatedIn(this.#layers.pathOf(name)), 0),
       open: this.#open.has(id),
-      ...(filling === undefined
-        ? {}
-        : {
-            filling: {
-              doneBytes: filling.doneBytes,
-              totalBytes: filling.totalBytes,
-              ...(filling.failure === undefined ? {} : { failure: filling.failure }),
-            },
-          }),
+      ...(filling === undefined ? {} : { filling: fillingOf(filling) }),
     };
   }
 
@@ -269,7 +273,7 @@ export class Clones {
 
   /** Opens a clone's disk; opens of one clone share it and each is closed by its opener. Throws in-use. */
   open(id: string): Promise<Image> {
-    return this.#inTurn(id, () => this.#openShared(id));
+    return this.#turns.run(id, () => this.#openShared(id));
   }
 
   async #openShared(id: string): Promise<Image> {
@@ -279,7 +283,9 @@ export class Clones {
       throw new GridError('in-use', `clone '${id}' is being ${held}; wait until that is done`);
     let shared = this.#open.get(id);
     if (!shared) {
-      shared = new SharedImage(await this.#openDisk(record), () => this.#inTurn(id, () => this.#closed(id)));
+      shared = new SharedImage(await this.#openDisk(record), () =>
+        this.#turns.run(id, () => this.#closed(id)),
+      );
       this.#open.set(id, shared);
     }
     return shared.handle();
@@ -302,7 +308,7 @@ export class Clones {
     task: (disk: CloneDisk, record: CloneRecord) => Promise<T>,
   ): Promise<T> {
     await this.#lastClose(id);
-    const disk = await this.#inTurn(id, async () => {
+    const disk = await this.#turns.run(id, async () => {
       const record = this.get(id);
       this.#checkFree(id, doing);
       this.#held.set(id, doing);
@@ -340,7 +346,7 @@ export class Clones {
 
   /** Notes what of a clone is in the store. Durable when it resolves. */
   setPushed(id: string, pushed: PushedState): Promise<void> {
-    return this.#inTurn(id, () => this.#replace({ ...this.get(id), pushed }));
+    return this.#turns.run(id, () => this.#replace({ ...this.get(id), pushed }));
   }
 
   /** Keeps a clone that nobody has open from everybody (`doing` as for `exclusive`); undefined: no longer. */
@@ -358,7 +364,7 @@ export class Clones {
   async remove(id: string): Promise<void> {
     const wasFilling = await this.#stopFilling(id);
     await this.#lastClose(id);
-    await this.#inTurn(id, async () => {
+    await this.#turns.run(id, async () => {
       this.get(id);
       try {
         this.#checkFree(id, 'removed');
@@ -373,7 +379,7 @@ export class Clones {
   /** Removes a clone now, or when its last user closes it. */
   async discard(id: string): Promise<void> {
     await this.#stopFilling(id);
-    await this.#inTurn(id, async () => {
+    await this.#turns.run(id, async () => {
       if (!this.#records.has(id)) return;
       if (this.#open.has(id)) this.#doomed.add(id);
       else await this.#delete(id);
@@ -383,7 +389,8 @@ export class Clones {
   /** Stops what goes on in the background and gives the folder free; the disks are closed by their openers. */
   async close(): Promise<void> {
     await Promise.all([...this.#fillings.keys()].map((id) => this.#stopFilling(id)));
-    await Promise.all(this.#turns.values());
+    await this.#turns.over();
+    await this.#unsynced.close();
     closeSync(this.#lockFd);
   }
 
@@ -412,7 +419,7 @@ export class Clones {
           filling.totalBytes = total;
         },
       });
-      await this.#inTurn(id, async () => {
+      await this.#turns.run(id, async () => {
         const record = this.get(id);
         await this.#replace({ ...record, layers: record.layers.slice(-1), detached: disk.baseDigest });
         await this.#layers.drop(record.layers.slice(0, -1));
@@ -441,6 +448,8 @@ export class Clones {
 
   async #delete(id: string): Promise<void> {
     const record = this.get(id);
+    this.#unsynced.drop(id);
+    await this.#unsynced.done(id).catch(() => undefined); // what is under way
     const doomed = path.join(this.#root, 'clones', `.${id}.gone`);
     await rename(this.#folderOf(id), doomed);
     this.#records.delete(id);
@@ -469,6 +478,7 @@ export class Clones {
   }
 
   async #replace(next: CloneRecord): Promise<void> {
+    await this.#unsynced.done(next.id);
     await writeRecord(this.#folderOf(next.id), next);
     const before = this.#records.get(next.id)!;
     this.#layers.use(next.layers.filter((name) => !before.layers.includes(name)));
@@ -484,16 +494,5 @@ export class Clones {
 
   #folderOf(id: string): string {
     return path.join(this.#root, 'clones', id);
-  }
-
-  #inTurn<T>(id: string, task: () => Promise<T>): Promise<T> {
-    const before = this.#turns.get(id) ?? Promise.resolve();
-    const mine = before.then(task, task);
-    const settled = mine.catch(() => {});
-    this.#turns.set(id, settled);
-    void settled.then(() => {
-      if (this.#turns.get(id) === settled) this.#turns.delete(id);
-    });
-    return mine;
   }
 }

@@ -17,6 +17,7 @@ import { GridError } from '../core/errors.ts';
 import { VOLUME_IMAGE } from '../core/grid.ts';
 import type { CarriedVolume, SavedVolume, VolumeSave } from '../core/grid.ts';
 import type { MachineDisk } from '../core/machine.ts';
+import { Turns } from '../core/turns.ts';
 import type { LinkVolumes } from './broker-orders.ts';
 import type { Checkpoints } from './checkpoints.ts';
 import type { DiskSnapshot } from './clone-parts.ts';
@@ -61,7 +62,7 @@ const WRITTEN = 0;
 
 export class GridVolumes implements LinkVolumes {
   readonly #parts: GridVolumeParts;
-  readonly #turns = new Map<string, Promise<unknown>>();
+  readonly #turns = new Turns();
 
   constructor(parts: GridVolumeParts) {
     this.#parts = parts;
@@ -94,7 +95,7 @@ export class GridVolumes implements LinkVolumes {
 
   /** What was written to it here becomes `reference`. `last`: nobody writes to it any more. */
   save(volume: string, reference: string, last: boolean): Promise<SavedVolume> {
-    return this.#inTurn(volume, async () => {
+    return this.#turns.run(volume, async () => {
       if (!this.#has(volume)) return { id: volume, storedBytes: 0 };
       if (last) await this.#untilFree(volume);
       const saved = await this.#saveNow(volume, reference);
@@ -139,7 +140,7 @@ export class GridVolumes implements LinkVolumes {
   }
 
   drop(volume: string): Promise<void> {
-    return this.#inTurn(volume, async () => {
+    return this.#turns.run(volume, async () => {
       if (!this.#has(volume)) return;
       await this.#untilFree(volume);
       await this.#parts.clones.remove(volume);
@@ -195,7 +196,7 @@ export class GridVolumes implements LinkVolumes {
     await catalog.manifestOf(base);
     const content = { image: id, base, sizeBytes };
     if (readOnly) return (await clones.create({ ...content, vm })).id;
-    return this.#inTurn(id, async () => {
+    return this.#turns.run(id, async () => {
       if (this.#has(id)) {
         await this.#untilFree(id);
         const there = clones.get(id);
@@ -223,17 +224,6 @@ export class GridVolumes implements LinkVolumes {
         const busy = error instanceof GridError && error.code === 'in-use';
         if (!busy || performance.now() > endMs) throw error;
       }
-    }
-  }
-
-  async #inTurn<T>(volume: string, task: () => Promise<T>): Promise<T> {
-    const mine = (this.#turns.get(volume) ?? Promise.resolve()).then(task, task);
-    const settled = mine.catch(() => undefined);
-    this.#turns.set(volume, settled);
-    try {
-      return await mine;
-    } finally {
-      if (this.#turns.get(volume) === settled) this.#turns.delete(volume);
     }
   }
 }

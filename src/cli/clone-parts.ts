@@ -26,6 +26,7 @@ import {
   openClone,
   readArchive,
   readArchiveInfo,
+  syncLayer,
   zeroImage,
 } from '../image/index.ts';
 import type { Chain, Clone, Snapshot } from '../image/index.ts';
@@ -39,6 +40,7 @@ export type Disk = CloneDisk & { readonly clone: Clone };
 export function cloneParts(cache: Cache, quiet = new QuietPoints()): CloneParts {
   return {
     createLayer: createLayerOver,
+    syncLayer,
     async openDisk(chain, image): Promise<Disk> {
       const base = image === undefined ? zeroImage() : await openBase(cache, image);
       try {

@@ -44,11 +44,16 @@ export function chainDigest(below: Digest, id: string): Digest {
  * Makes an empty layer at `folder` over the image and the layers of `below`, all of which are frozen from here on.
  * Throws as `createLayer`, and bad-request for a chain that is too long.
  */
-export async function createLayerOver(folder: string, below: Chain, sizeBytes: number): Promise<void> {
+export async function createLayerOver(
+  folder: string,
+  below: Chain,
+  sizeBytes: number,
+  durable = true,
+): Promise<void> {
   checkDepth(below.layers.length);
   const { frozen, digest } = openFrozen(below.base, below.layers);
   for (const { fd } of frozen) closeSync(fd);
-  await createLayer(folder, { baseDigest: digest, sizeBytes });
+  await createLayer(folder, { baseDigest: digest, sizeBytes, durable });
 }
 
 /** Opens the last layer of the chain over the others. Throws as `openLayer`, for each of them. */

@@ -7,7 +7,7 @@ export { blockChangeOf, changedUnits, changedUnitsOf } from './changes.ts';
 export { openClone, zeroImage } from './clone.ts';
 export type { Clone } from './clone.ts';
 export type { FillOptions } from './fill.ts';
-export { createLayer, openLayer, removeLayer, sweepLayers } from './layer-files.ts';
+export { createLayer, openLayer, removeLayer, sweepLayers, syncLayer } from './layer-files.ts';
 export { Layer } from './layer.ts';
 export type { LayerStatistics } from './layer.ts';
 export type { Snapshot } from './snapshot.ts';

@@ -54,16 +54,18 @@ async function syncFolder(folder: string): Promise<void> {
 
 /**
  * Makes an empty layer for a disk of `sizeBytes` over the image `baseDigest`, at `folder`, whose parent exists.
- * Takes three pages on disk. When it resolves, the layer survives power loss. Throws exists, no-space, not-found
+ * Takes three pages on disk. When it resolves, the layer survives power loss, unless `durable` is false: then when
+ * `syncLayer` has resolved. Throws exists, no-space, not-found
  * (the parent), bad-request; nothing is left then.
  */
 export async function createLayer(
   folder: string,
-  options: { readonly baseDigest: Digest; readonly sizeBytes: number },
+  options: { readonly baseDigest: Digest; readonly sizeBytes: number; readonly durable?: boolean },
 ): Promise<void> {
   if (!isDigest(options.baseDigest)) {
     throw new GridError('bad-request', `'${String(options.baseDigest)}' is not the digest of a base image`);
   }
+  const { durable = true } = options;
   const sizeBytes = checkedNumber(options.sizeBytes, 'size of the clone in bytes', IMAGE_BYTES_MAX);
   const header: LayerHeader = {
     baseDigest: options.baseDigest,
@@ -80,7 +82,7 @@ export async function createLayer(
       if (name === DATA_FILE) tryLock(handle.fd);
       if (head) await handle.write(head, 0, head.length, 0);
       await handle.truncate(fileBytes);
-      await handle.sync();
+      if (durable) await handle.sync();
     } catch (error) {
       await handle.close();
       throw error;
@@ -97,9 +99,9 @@ export async function createLayer(
     const mapBytes = mapFileBytes(sizeBytes);
     handles.push(await make(DURABLE_MAP_FILE, mapBytes, encodeHeader(header)));
     handles.push(await make(MAP_FILE, mapBytes, encodeHeader({ ...header, bootId: currentBootId() })));
-    await syncFolder(made);
+    if (durable) await syncFolder(made);
     await rename(made, folder);
-    await syncFolder(path.dirname(folder));
+    if (durable) await syncFolder(path.dirname(folder));
   } catch (error) {
     await rm(made, { recursive: true, force: true });
     // rename(2) onto a folder that came into being meanwhile.
@@ -109,6 +111,12 @@ export async function createLayer(
   } finally {
     for (const handle of handles) await handle.close();
   }
+}
+
+/** A layer as it was made, which may be open, survives power loss when this resolves. */
+export async function syncLayer(folder: string): Promise<void> {
+  for (const name of [DATA_FILE, DURABLE_MAP_FILE, MAP_FILE, '.', '..'])
+    await syncFolder(path.join(folder, name));
 }
 
 function openFile(folder: string, name: string): number {
