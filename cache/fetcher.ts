@@ -3,7 +3,7 @@
  * one call, what arrives is decoded and checked before anybody gets it. It does not know that it feeds a cache.
  *
  * Two queues. Demand goes out at once. Prefetch goes out behind it, in calls of some chunks, as many bytes at a time
- * as keep the way to the source full and as fast as the ceiling allows. A demand for a chunk whose prefetch is still queued here
+ * as keep the way to the source full and as fast as the ceiling allows, the lowest rank first. A demand for a chunk whose prefetch is still queued here
  * takes it over; one whose prefetch is under way joins it: little is, and asking twice would be slower.
  *
  * A chunk that does not match its digest is asked for once more, alone. A batch that fails because of one of its
@@ -15,6 +15,7 @@ import { ChunkDecoder } from '../src/core/decoder.ts';
 import { asGridError, GridError } from '../src/core/errors.ts';
 import { BATCH_CHUNKS_MAX, CACHE_BATCHES_MAX, KIB, MIB } from '../src/core/limits.ts';
 import type { ChunkSource, Priority, WayFigures } from '../src/core/source.ts';
+import { RankedQueue } from './ranked-queue.ts';
 import { RateCeiling } from './rate-ceiling.ts';
 
 /** What was fetched on whose behalf. */
@@ -37,6 +38,8 @@ interface Wanted {
   readonly ref: ChunkRef;
   readonly tally: FetchTally;
   priority: Priority;
+  /** Among what is prefetched. */
+  readonly rank: number;
   /** How many asked for it. */
   waiters: number;
   /** Asked for a second time; the next failure is final. */
@@ -52,8 +55,7 @@ export class Fetcher {
   readonly #abort = new AbortController();
   readonly #flights = new Map<string, Wanted>();
   #demand: Wanted[] = [];
-  /** In order of asking. */
-  readonly #prefetch = new Map<string, Wanted>();
+  readonly #prefetch = new RankedQueue<Wanted>();
   readonly #ceiling: RateCeiling;
   readonly #readAround: boolean;
   /** For what nobody waits for: see decoder.ts. */
@@ -77,7 +79,7 @@ export class Fetcher {
   }
 
   /** Plain, verified bytes of a chunk, shared by all who ask until `settled` is called. Throws corrupt, not-found, closed and what the source throws. */
-  fetch(ref: ChunkRef, tally: FetchTally, priority: Priority = 'demand'): Promise<Buffer> {
+  fetch(ref: ChunkRef, tally: FetchTally, priority: Priority = 'demand', rank = 0): Promise<Buffer> {
     const key = keyOf(ref);
     let wanted = this.#flights.get(key);
     if (wanted) {
@@ -85,10 +87,19 @@ export class Fetcher {
       if (priority === 'demand') this.promote(ref);
       return wanted.promise;
     }
-    wanted = { key, ref, tally, priority, waiters: 1, again: false, ...Promise.withResolvers<Buffer>() };
+    wanted = {
+      key,
+      ref,
+      tally,
+      priority,
+      rank,
+      waiters: 1,
+      again: false,
+      ...Promise.withResolvers<Buffer>(),
+    };
     this.#flights.set(key, wanted);
     if (priority === 'demand') this.#demand.push(wanted);
-    else this.#prefetch.set(key, wanted);
+    else this.#prefetch.add(wanted);
     this.#schedule();
     return wanted.promise;
   }
@@ -98,7 +109,7 @@ export class Fetcher {
     const wanted = this.#flights.get(keyOf(ref));
     if (!wanted) return;
     wanted.priority = 'demand';
-    if (!this.#prefetch.delete(wanted.key)) return;
+    if (!this.#prefetch.delete(wanted)) return;
     this.#demand.push(wanted);
     this.#schedule();
   }
@@ -106,9 +117,9 @@ export class Fetcher {
   /** One who asked for this prefetch does not want it any more: if nobody else does and it has not gone out, it
    * fails with `closed`. */
   drop(ref: ChunkRef): void {
-    const wanted = this.#prefetch.get(keyOf(ref));
-    if (!wanted || --wanted.waiters > 0) return;
-    this.#prefetch.delete(wanted.key);
+    const wanted = this.#flights.get(keyOf(ref));
+    if (!wanted || !this.#prefetch.has(wanted) || --wanted.waiters > 0) return;
+    this.#prefetch.delete(wanted);
     this.#reject(wanted, new GridError('closed', 'the prefetch was cancelled'));
   }
 
@@ -130,7 +141,7 @@ export class Fetcher {
   /** Stored bytes of prefetch that are queued or under way. */
   get prefetchBytes(): number {
     let bytes = this.#prefetchBytesUnderWay;
-    for (const { ref } of this.#prefetch.values()) bytes += weightOf(ref);
+    for (const { ref } of this.#prefetch) bytes += weightOf(ref);
     return bytes;
   }
 
@@ -139,7 +150,7 @@ export class Fetcher {
     this.#abort.abort();
     clearTimeout(this.#timer);
     void this.#decoder.close();
-    const queued = [...this.#demand.splice(0), ...this.#prefetch.values()];
+    const queued = [...this.#demand.splice(0), ...this.#prefetch];
     this.#prefetch.clear();
     for (const wanted of queued) this.#reject(wanted, this.#closedError());
   }
@@ -196,11 +207,11 @@ export class Fetcher {
   #nextPrefetch(room: number): Wanted[] {
     const batch: Wanted[] = [];
     let bytes = 0;
-    for (const wanted of this.#prefetch.values()) {
+    for (const wanted of this.#prefetch) {
       if (batch.length > 0 && (wanted.again || bytes + weightOf(wanted.ref) > room)) break;
       batch.push(wanted);
       bytes += weightOf(wanted.ref);
-      this.#prefetch.delete(wanted.key);
+      this.#prefetch.delete(wanted);
       if (wanted.again || batch.length === PREFETCH_CHUNKS_MAX) break;
     }
     return batch;
@@ -306,7 +317,7 @@ export class Fetcher {
   #askAgain(wanted: Wanted): void {
     wanted.again = true;
     if (wanted.priority === 'demand') this.#demand.push(wanted);
-    else this.#prefetch.set(wanted.key, wanted);
+    else this.#prefetch.add(wanted);
     this.#schedule();
   }
 

@@ -234,9 +234,9 @@ export class ImageFile {
 
   /** Fetches a chunk before it is asked for. Resolves when it is stored (or could not be); throws what a fetch
    * throws. False when it is here already. */
-  async prefetch(index: number): Promise<boolean> {
+  async prefetch(index: number, rank = 0): Promise<boolean> {
     if (this.states.get(index) !== UNIT_ABSENT) return false;
-    const flight = this.#obtain(index, false);
+    const flight = this.#obtain(index, false, rank);
     await flight.plain;
     await flight.stored;
     return true;
@@ -257,11 +257,11 @@ export class ImageFile {
   }
 
   /** A chunk that is not PRESENT. All who want it share one flight, until it is stored. */
-  #obtain(index: number, demanded: boolean): Flight {
+  #obtain(index: number, demanded: boolean, rank = 0): Flight {
     let flight = this.#flights.get(index);
     if (!flight) {
       const started: Flight = { plain: undefined!, stored: DONE, demanded, marked: false };
-      started.plain = this.#fly(index, started);
+      started.plain = this.#fly(index, started, rank);
       started.plain.catch(() => this.#flights.delete(index));
       this.#flights.set(index, started);
       flight = started;
@@ -278,7 +278,7 @@ export class ImageFile {
     return flight;
   }
 
-  async #fly(index: number, flight: Flight): Promise<Buffer> {
+  async #fly(index: number, flight: Flight, rank: number): Promise<Buffer> {
     if (this.#closed) throw this.#closedError();
     const { space, siblings, fetcher } = this.#context;
     // UNVERIFIED, or a worker has just hashed it.
@@ -303,7 +303,7 @@ export class ImageFile {
     }
     if (!plain) {
       const early = !flight.demanded;
-      plain = await fetcher.fetch(ref, this.figures, early ? 'prefetch' : 'demand');
+      plain = await fetcher.fetch(ref, this.figures, early ? 'prefetch' : 'demand', rank);
       if (early) {
         this.figures.prefetchedChunks++;
         this.figures.prefetchedBytes += plain.length;

@@ -12,6 +12,8 @@ export interface PrefetchOptions {
   readonly progress?: (doneChunks: number, totalChunks: number) => void;
   /** Called for each chunk that is on this disk, fetched now or there before. */
   readonly here?: (range: ByteRange) => void;
+  /** Of a chunk, among all that is being prefetched: the lowest comes first. 0 when left out. */
+  readonly rankOf?: (index: number) => number;
 }
 
 /** Where a chunk lies in its image. */
@@ -31,7 +33,7 @@ export async function prefetchChunks(
   indexes: readonly number[],
   options: PrefetchOptions = {},
 ): Promise<number> {
-  const { signal, progress, here } = options;
+  const { signal, progress, here, rankOf = () => 0 } = options;
   // What is here already takes no turn of its own: a start that is warm waits for nothing of this.
   const missing: number[] = [];
   for (const index of indexes) {
@@ -49,7 +51,7 @@ export async function prefetchChunks(
       if (signal?.aborted || failure !== undefined) return;
       underWay.add(index);
       try {
-        if (await file.prefetch(index)) {
+        if (await file.prefetch(index, rankOf(index))) {
           fetched++;
           if (!file.states.isHere(index) && space.degraded !== undefined) {
             failure ??= new GridError('no-space', `no room to prefetch: ${space.degraded}`);

@@ -15,7 +15,7 @@ import type { Digest } from '../src/core/bytes.ts';
 import { GridError } from '../src/core/errors.ts';
 import { PROFILE_BYTES_MAX, PROFILE_WINDOW_MS } from '../src/core/limits.ts';
 import { isName } from '../src/core/manifest.ts';
-import { encodeProfile, mergeProfiles, parseProfile } from '../src/core/profile.ts';
+import { encodeProfile, mergeProfiles, parseProfile, stepAt } from '../src/core/profile.ts';
 import type { Profile, Purpose } from '../src/core/profile.ts';
 import type { ChunkSource } from '../src/core/source.ts';
 import { readWhole, replaceFile } from './folder.ts';
@@ -24,8 +24,9 @@ import type { UseListener } from './chunk-states.ts';
 import type { ImageFile } from './image-file.ts';
 
 /** How often a recording reads the marks of use: its order of touches is as fine as this. */
-const SAMPLE_MS = 100;
-/** What was touched in this part of a recording's time, until its guest answered, is early … */
+const SAMPLE_MS = 50;
+/** What was touched until the guest answered is early; of one that does not say when, what was touched in this part of
+ * the recording's time … */
 const EARLY_SHARE = 1 / 3;
 /** … and what was touched within this: all that a resumed guest takes to answer at its console, where it waits for no link. */
 const EARLY_MS_MIN = 500;
@@ -110,6 +111,8 @@ export class Profiles {
 
 /** What is told about a start that is recorded. */
 export interface StartRecording {
+  /** The guest of a resume goes on: what was touched until now comes first. Idempotent. */
+  goesOn(): void;
   /** The guest has answered: what is early is a share of the time until now. Idempotent. */
   answered(): void;
   /** Ends it, and merges it into the profile; undefined when it does not count. Idempotent. */
@@ -123,26 +126,45 @@ export class Recording implements UseListener {
   readonly #firstTouchMs = new Map<number, number>();
   readonly #timer: NodeJS.Timeout;
   readonly #windowMs: number;
+  readonly #beganMs: number;
+  /** When the guest went on. */
+  #goesOnMs: number | undefined;
+  #harvestMs = performance.now();
   #startedMs: number | undefined;
   #answeredMs: number | undefined;
 
-  constructor(file: ImageFile, purpose: Purpose, windowMs: number = PROFILE_WINDOW_MS) {
+  /** `beganMs`, by performance.now(): the start began, perhaps before the image was open. */
+  constructor(
+    file: ImageFile,
+    purpose: Purpose,
+    {
+      windowMs = PROFILE_WINDOW_MS,
+      beganMs = performance.now(),
+    }: { windowMs?: number; beganMs?: number } = {},
+  ) {
     this.#file = file;
     this.#purpose = purpose;
     this.#windowMs = windowMs;
+    this.#beganMs = beganMs;
     file.recordings.add(this);
     this.#timer = setInterval(() => this.#sample(), SAMPLE_MS).unref();
   }
 
-  #sample(): void {
+  /** All that one harvest finds has one time. */
+  #harvest(): void {
+    this.#harvestMs = performance.now();
     this.#file.harvest();
+  }
+
+  #sample(): void {
+    this.#harvest();
     if (this.#firstTouchMs.size === 0) return;
     this.#startedMs ??= performance.now();
     if (performance.now() - this.#startedMs > this.#windowMs) this.#stop();
   }
 
   used(index: number): void {
-    if (!this.#firstTouchMs.has(index)) this.#firstTouchMs.set(index, performance.now());
+    if (!this.#firstTouchMs.has(index)) this.#firstTouchMs.set(index, this.#harvestMs);
   }
 
   shared(): void {
@@ -152,7 +174,7 @@ export class Recording implements UseListener {
 
   /** What is touched from now on does not belong to it. */
   #end(): void {
-    this.#file.harvest();
+    this.#harvest();
     this.#stop();
   }
 
@@ -161,10 +183,16 @@ export class Recording implements UseListener {
     this.#file.recordings.delete(this);
   }
 
+  /** What its machine needed is loaded: its guest goes on now. */
+  goesOn(): void {
+    this.#harvest();
+    this.#goesOnMs ??= performance.now();
+  }
+
   /** The guest does now what it was started for. What a resumed one does in the rest of the recording it does at rest:
-   * that is late, and its time does not count for the share that is early. */
+   * that is late. */
   answered(): void {
-    this.#file.harvest();
+    this.#harvest();
     this.#answeredMs ??= performance.now();
   }
 
@@ -173,9 +201,9 @@ export class Recording implements UseListener {
     this.#end();
     const times = [...this.#firstTouchMs.values()];
     if (times.length === 0) return undefined;
-    const first = times[0]!;
-    const share = ((this.#answeredMs ?? times.at(-1)!) - first) * EARLY_SHARE;
-    const earlyUntil = first + Math.max(EARLY_MS_MIN, share);
+    const beganMs = times[0]!;
+    const untilMs = this.#answeredMs ?? beganMs + (times.at(-1)! - beganMs) * EARLY_SHARE;
+    const earlyUntil = Math.max(untilMs, beganMs + EARLY_MS_MIN);
     const ofClass = (early: boolean) =>
       [...this.#firstTouchMs]
         .filter(([, atMs]) => atMs <= earlyUntil === early)
@@ -187,6 +215,17 @@ export class Recording implements UseListener {
       runs: 1,
       early: ofClass(true),
       late: ofClass(false),
+      steps: this.#steps(),
     };
+  }
+
+  #steps(): Map<number, number> {
+    const goesOnMs = this.#goesOnMs ?? -Infinity;
+    return new Map(
+      [...this.#firstTouchMs].map(([index, atMs]) => [
+        index,
+        atMs <= goesOnMs ? 0 : stepAt(atMs - this.#beganMs),
+      ]),
+    );
   }
 }

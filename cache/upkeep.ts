@@ -5,7 +5,7 @@
 import type { ByteRange, Digest } from '../src/core/bytes.ts';
 import { GridError } from '../src/core/errors.ts';
 import { chunkCountOf, chunkLengthOf } from '../src/core/manifest.ts';
-import { mergeProfiles } from '../src/core/profile.ts';
+import { inOrder, mergeProfiles } from '../src/core/profile.ts';
 import type { Profile, Purpose } from '../src/core/profile.ts';
 import type { ImageFile } from './image-file.ts';
 import type { Pins } from './pins.ts';
@@ -15,6 +15,8 @@ import { Recording } from './profiles.ts';
 import type { Profiles, StartRecording } from './profiles.ts';
 import type { Space } from './space.ts';
 
+/** Behind whatever starts. */
+const WARM_RANK = 1000;
 /** Chunks that scrub reads and hashes at a time. */
 const SCRUB_CHUNKS = 4;
 /** Starts that a host records of one image: each costs passthrough, and later ones add next to nothing. */
@@ -70,7 +72,8 @@ export class Upkeep {
     try {
       const chunks = purpose === undefined ? allChunks(file) : await this.#bootSet(file, purpose, remote);
       this.#refuseTooMuch(file, chunks);
-      const fetchedChunks = await prefetchChunks(file, this.#context.space, chunks, options);
+      const behind = { ...options, rankOf: () => WARM_RANK };
+      const fetchedChunks = await prefetchChunks(file, this.#context.space, chunks, behind);
       await file.flush();
       return { chunks: chunks.length, fetchedChunks };
     } finally {
@@ -112,7 +115,7 @@ export class Upkeep {
         `image ${file.manifestDigest.slice(0, 12)} has no profile '${purpose}' yet; one start of it records one`,
       );
     }
-    return [...profile.early, ...profile.late];
+    return inOrder(profile).map(({ index }) => index);
   }
 
   /** Keeps an image, or what the profile of `purpose` names of it, from eviction; `warm` brings it here. */
@@ -218,10 +221,11 @@ export class Upkeep {
     try {
       const done = new Set<number>();
       const replay = async (profile: Profile | undefined): Promise<number> => {
-        if (!profile) return 0;
-        const indexes = [...profile.early, ...profile.late].filter((index) => !done.has(index));
-        for (const index of indexes) done.add(index);
-        return prefetchChunks(file, space, indexes, options);
+        const more = profile ? inOrder(profile).filter(({ index }) => !done.has(index)) : [];
+        for (const { index } of more) done.add(index);
+        const ranks = new Map(more.map(({ index, rank }) => [index, rank]));
+        const rankOf = (index: number) => ranks.get(index)!;
+        return prefetchChunks(file, space, [...ranks.keys()], { ...options, rankOf });
       };
       // What is known here does not wait for the origin's answer.
       const fetched = await replay(profiles.local(manifest, purpose, chunkCountOf(file.manifest)));
@@ -246,12 +250,20 @@ export class Upkeep {
   startRecording(manifest: Digest, purpose: Purpose): StartRecording {
     const { peek, hold, profiles, pins } = this.#context;
     const { file: open, readers } = peek(manifest);
-    if (readers > 0) return { answered: () => undefined, finish: () => Promise.resolve(undefined) };
+    if (readers > 0) {
+      const nothing = () => undefined;
+      return { goesOn: nothing, answered: nothing, finish: () => Promise.resolve(undefined) };
+    }
     open?.harvest();
+    const beganMs = performance.now();
     const held = hold(manifest).then(({ file, release }) => {
       const known = profiles.local(manifest, purpose, chunkCountOf(file.manifest));
       const isKnownWell = (known?.runs ?? 0) >= RECORDINGS_MAX;
-      return { file, release, recording: isKnownWell ? undefined : new Recording(file, purpose) };
+      return {
+        file,
+        release,
+        recording: isKnownWell ? undefined : new Recording(file, purpose, { beganMs }),
+      };
     });
     held.catch(() => undefined);
     let finished: Promise<Profile | undefined> | undefined;
@@ -267,6 +279,7 @@ export class Upkeep {
       }
     };
     return {
+      goesOn: () => void held.then(({ recording }) => recording?.goesOn()).catch(() => undefined),
       answered: () => void held.then(({ recording }) => recording?.answered()).catch(() => undefined),
       finish: () => (finished ??= finish()),
     };

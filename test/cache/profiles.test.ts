@@ -102,24 +102,69 @@ test('a recording does not count while somebody else has the image open, and not
   claim.release();
 });
 
-// Without EARLY_MS_MIN of profiles.ts the second is late; without `answered`, the third is early.
-test('early is a third of the time until the guest answered, and half a second at least', async () => {
+// Without EARLY_MS_MIN of profiles.ts the second is late; without `answered`, the third.
+test('early is what was touched until the guest answered, and half a second at least', async () => {
   const cache = await harness.open({ folder: harness.fresh(), source: await harness.source() });
+  const touches = indexes.filter((_, at) => at % 9 === 0).slice(0, 4);
+  const record = async (answersMs: number) => {
+    const recording = cache.startRecording(fixture.digest, 'resume');
+    const image = await cache.openImage(fixture.digest);
+    const touchNext = (at: number) => touch(image, [touches[at]!]);
+    await touchNext(0);
+    await pause(answersMs / 2);
+    await touchNext(1);
+    await pause(answersMs / 2);
+    recording.answered();
+    await pause(300);
+    await touchNext(2);
+    await pause(2200);
+    await touchNext(3);
+    await image.close();
+    const profile = await recording.finish();
+    return [profile?.early, profile?.late];
+  };
+  assert.deepEqual(await record(1000), [touches.slice(0, 2), touches.slice(2)]);
+  assert.deepEqual(await record(100), [touches.slice(0, 3), touches.slice(3)]);
+});
+
+// Fails without `goesOn` in profiles.ts, and without `rankOf` in prefetch.ts.
+test('what a machine needed before its guest went on comes first the next time, then the rest as it was touched', async () => {
+  const source = await harness.source();
+  const cache = await harness.open({ folder: harness.fresh(), source });
+  const picked = indexes
+    .filter((_, at) => at % 9 === 0)
+    .slice(0, 5)
+    .toReversed();
   const recording = cache.startRecording(fixture.digest, 'resume');
   const image = await cache.openImage(fixture.digest);
-  const touches = indexes.filter((_, at) => at % 9 === 0).slice(0, 4);
-  const touchNext = (at: number) => touch(image, [touches[at]!]);
-  await touchNext(0);
-  await pause(320);
-  await touchNext(1);
-  await pause(350);
-  await touchNext(2);
-  await pause(50);
-  recording.answered();
-  await pause(2200);
-  await touchNext(3);
+  await touch(image, [picked[0]!]);
+  await pause(120);
+  await touch(image, [picked[1]!]);
+  recording.goesOn();
+  for (const index of picked.slice(2)) {
+    await pause(120);
+    await touch(image, [index]);
+  }
+  await image.close();
   const profile = await recording.finish();
-  assert.deepEqual([profile?.early, profile?.late], [touches.slice(0, 2), touches.slice(2)]);
+  assert.deepEqual(
+    [picked[0], picked[1]].map((index) => profile?.steps?.get(index!)),
+    [0, 0],
+  );
+  const steps = picked.slice(2).map((index) => profile!.steps!.get(index)!);
+  assert.deepEqual(
+    steps,
+    steps.toSorted((a, b) => a - b),
+  );
+  assert.equal(new Set(steps).size, 3);
+  await cache.evict(fixture.digest);
+  source.askedFor.clear();
+  await cache.prefetchProfile(fixture.digest, 'resume');
+  const order = [...source.askedFor.keys()].map((digest) =>
+    picked.findIndex((index) => fixture.table.digestOf(index) === digest),
+  );
+  assert.deepEqual(new Set(order.slice(0, 2)), new Set([0, 1]));
+  assert.deepEqual(order.slice(2), [2, 3, 4]);
 });
 
 test('a recording ends where a second reader begins', async () => {
