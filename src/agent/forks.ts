@@ -25,6 +25,16 @@ export const PART_STATE = 'state';
 /** Gives the clone that a VM is to have for a volume. */
 export type TakeVolume = (volume: CarriedVolume) => Promise<string>;
 
+type Resolved = Awaited<ReturnType<MachineCatalog['resolve']>>;
+
+interface ForkRequest {
+  readonly reference: string;
+  readonly name: string | undefined;
+  readonly same: boolean;
+  readonly take: TakeVolume | undefined;
+  readonly requestedAtMs: number;
+}
+
 export class Forks {
   readonly #vmm: Vmm;
   readonly #machines: Machines;
@@ -49,7 +59,22 @@ export class Forks {
    * another machine), vm-failed. */
   async run(reference: string, name: string | undefined, same = false, take?: TakeVolume): Promise<VmStatus> {
     const requestedAtMs = performance.now();
-    const { digest, manifest, folder: imageFolder } = await this.#catalog.resolve(reference);
+    const run = (resolved: Resolved) => this.#run(resolved, { reference, name, same, take, requestedAtMs });
+    if (take) return run(await this.#catalog.resolve(reference));
+    // What the name means is asked beside all else: before the guest goes on it is looked up again.
+    const recent = await this.#catalog.resolve(reference, true);
+    try {
+      return await run(recent);
+    } catch (error) {
+      const now = await this.#catalog.resolve(reference).catch(() => recent);
+      if (now.digest === recent.digest) throw error;
+      return run(now);
+    }
+  }
+
+  async #run(resolved: Resolved, request: ForkRequest): Promise<VmStatus> {
+    const { reference, name, same, take, requestedAtMs } = request;
+    const { digest, manifest, folder: imageFolder } = resolved;
     const { [PART_DISK]: diskDigest, [PART_STATE]: stateDigest } = manifest.parts;
     if (manifest.kind !== 'memory' || diskDigest === undefined || stateDigest === undefined) {
       throw new GridError('bad-request', `${reference} is no checkpoint but of kind '${manifest.kind}'`);

@@ -7,7 +7,11 @@ import type { VmMemory, VmVolume } from './vm-record.ts';
 
 /** What the machines need to know of images; given by whoever wires the agent. */
 export interface MachineCatalog {
-  resolve(reference: string): Promise<{ digest: Digest; manifest: Manifest; folder: string }>;
+  /** `recent`: by the names as they were heard a short while ago, for who asks again before it counts. */
+  resolve(
+    reference: string,
+    recent?: boolean,
+  ): Promise<{ digest: Digest; manifest: Manifest; folder: string }>;
   manifestOf(digest: Digest): Promise<{ manifest: Manifest; folder: string | undefined }>;
   /** The first `lengthBytes` of an image's content. */
   read(digest: Digest, lengthBytes: number): Promise<Buffer>;

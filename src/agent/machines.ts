@@ -247,6 +247,7 @@ export class Machines {
         ...(launch.same ? { same: true } : {}),
       };
       await writeVmRecord(folder, record);
+      start?.goesOn();
       await launch.proceed?.(machine);
       const vm = this.#register(record, folder, machine, requestedAtMs);
       if (memory !== undefined) this.#greet(vm);

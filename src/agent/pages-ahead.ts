@@ -9,6 +9,8 @@
  * guest has long gone on. Where there is no Perl, nothing is read ahead.
  */
 import { spawn } from 'node:child_process';
+import type { ChildProcess } from 'node:child_process';
+import { PassThrough } from 'node:stream';
 import type { ByteRange } from '../core/bytes.ts';
 import { MIB } from '../core/limits.ts';
 
@@ -26,6 +28,8 @@ export interface PagesAhead {
 
 /** fadvise64 in the kernel's asm/unistd.h. */
 const FADVISE: Partial<Record<NodeJS.Architecture, number>> = { x64: 221, arm64: 223 };
+/** A few turns of the event loop. */
+const SPAWN_MS = 3;
 /** Of one VM, at most: more than a guest touches before anybody could notice the difference. */
 const TOTAL_BYTES_MAX = 256 * MIB;
 
@@ -48,13 +52,20 @@ while (my $line = <STDIN>) {
 export function readPagesAhead(file: string): PagesAhead {
   const number = FADVISE[process.arch];
   if (number === undefined) return { here() {}, finish() {}, stop() {}, ended: Promise.resolve() };
-  const child = spawn('perl', ['-e', SCRIPT, String(number), file], { stdio: ['pipe', 'ignore', 'ignore'] });
-  const input = child.stdin;
-  const ended = new Promise<void>((resolve) => {
-    child.on('error', () => resolve()); // no Perl here
-    child.on('exit', () => resolve());
-  });
-  input.on('error', () => undefined); // it has ended
+  const over = Promise.withResolvers<void>();
+  const input = new PassThrough();
+  let child: ChildProcess | undefined;
+  // Starting a process holds this one up for some milliseconds: what the start asks of the link first goes out before.
+  const timer = setTimeout(() => {
+    const reader = spawn('perl', ['-e', SCRIPT, String(number), file], {
+      stdio: ['pipe', 'ignore', 'ignore'],
+    });
+    reader.on('error', over.resolve); // no Perl here
+    reader.on('exit', () => over.resolve());
+    reader.stdin.on('error', () => undefined); // it has ended
+    input.pipe(reader.stdin);
+    child = reader;
+  }, SPAWN_MS);
   let leftBytes = TOTAL_BYTES_MAX;
   let next: { startBytes: number; endBytes: number } | undefined;
   const flush = () => {
@@ -81,8 +92,10 @@ export function readPagesAhead(file: string): PagesAhead {
       });
     },
     stop() {
-      child.kill('SIGKILL');
+      clearTimeout(timer);
+      child?.kill('SIGKILL');
+      if (!child) over.resolve();
     },
-    ended,
+    ended: over.promise,
   };
 }

@@ -27,6 +27,9 @@ export interface Starts {
 }
 
 export interface Start {
+  /** What the machine of a resume needs itself is loaded, its guest goes on: what was touched until now comes first the
+   * next time. Idempotent. */
+  goesOn(): void;
   /** A resumed guest has answered: what it does from now on, the next one's answer does not wait for. Idempotent. */
   answered(): void;
   /** The guest is ready, and has done what a start does after that. Idempotent. */
@@ -45,7 +48,7 @@ export interface StartCache {
   startRecording(
     manifest: Digest,
     purpose: Purpose,
-  ): { answered(): void; finish(): Promise<Profile | undefined> };
+  ): { goesOn(): void; answered(): void; finish(): Promise<Profile | undefined> };
   presentRanges(manifest: Digest): Promise<ByteRange[]>;
 }
 
@@ -76,6 +79,7 @@ export function createStarts(cache: StartCache, profiles: boolean, log: (line: s
         }
       };
       return {
+        goesOn: () => recordings.forEach((recording) => recording.goesOn()),
         answered: () => recordings.forEach((recording) => recording.answered()),
         ended,
         gone() {

@@ -28,7 +28,7 @@ import { asGridError, GridError } from '../core/errors.ts';
 import { sha256 } from '../core/bytes.ts';
 import type { Digest } from '../core/bytes.ts';
 import { tryLock } from '../core/linux.ts';
-import type { Manifest } from '../core/manifest.ts';
+import type { Manifest, Tag } from '../core/manifest.ts';
 import { parseReference } from '../core/manifest.ts';
 import { QuietPoints } from '../core/quiet.ts';
 import type { ChunkSource } from '../core/source.ts';
@@ -202,15 +202,22 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
       ...(options.quotaBytes === undefined ? {} : { quotaBytes: options.quotaBytes }),
     });
     stack.defer(() => cache.close());
+    // The first who asks for an image by its name need not wait for them.
+    void cache.listTags().catch(() => undefined);
 
     const clones = await Clones.load(paths.state, cloneParts(cache, quiet), log);
     stack.defer(() => clones.close());
 
     const imageFolderOf = (tag: { name: string; version: string }) =>
       path.join(mountpoint, 'images', tag.name, tag.version);
-    const resolve = async (text: string): Promise<{ digest: Digest; manifest: Manifest; folder: string }> => {
+    const resolve = async (
+      text: string,
+      recent = false,
+    ): Promise<{ digest: Digest; manifest: Manifest; folder: string }> => {
       const { name, version } = parseReference(text);
-      const tag = (await cache.listTags()).find((one) => one.name === name && one.version === version);
+      const isMeant = (one: Tag) => one.name === name && one.version === version;
+      const known = recent ? cache.recentTags()?.find(isMeant) : undefined;
+      const tag = known ?? (await cache.listTags()).find(isMeant);
       if (!tag) {
         throw new GridError(
           'not-found',

@@ -65,7 +65,7 @@ export async function machineWork(parts: MachineParts): Promise<MachineWork> {
   const catalog: MachineCatalog = {
     resolve: parts.resolve,
     async manifestOf(digest) {
-      const tag = (await cache.listTags()).find((one) => one.manifest === digest);
+      const tag = (cache.recentTags() ?? (await cache.listTags())).find((one) => one.manifest === digest);
       return { manifest: await cache.readManifest(digest), folder: tag && parts.imageFolderOf(tag) };
     },
     read: (digest, lengthBytes) => readContent(cache, digest, lengthBytes),

@@ -113,7 +113,8 @@ suite('suspended VMs and checkpoints', () => {
   /** A resumed VM's QEMU has no kernel to boot (command-line.ts): its guest's reboot is another QEMU over the same disk.
    * Without #restart of machines.ts it would be gone; without `reboot=shutdown` it would hang in its firmware. */
   const reboots = async (fork: Vm) => {
-    await ask(fork.consoleSocket, 'reboot -f', /reboot/);
+    // The whole line is with the guest before the console is left: what QEMU has not read by then is lost.
+    await ask(fork.consoleSocket, 'echo bye-$((6*7)); sleep 1; reboot -f', /bye-42/);
     const booted = async () => {
       const vm = (await world.json<Vm[]>('vm', 'ls')).find(({ id }) => id === fork.id);
       assert.ok(vm, 'it is gone');
