@@ -176,6 +176,11 @@ export class Cache {
     return this.#catalog.recentTags();
   }
 
+  /** A name was moved by this process: nobody is answered from what was heard before. */
+  expireTags(): void {
+    this.#catalog.expireTags();
+  }
+
   /** A manifest, from here or the source. Throws bad-request, not-found, corrupt and what the source throws. */
   async readManifest(digest: Digest): Promise<Manifest> {
     this.#checkOpen();

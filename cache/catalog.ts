@@ -133,6 +133,8 @@ export class Catalog {
   readonly #manifestsInMemory = new LRUCache<Digest, Known<Manifest>>({ max: MANIFESTS_IN_MEMORY_MAX });
   #known: KnownTags | undefined;
   #freshUntilMs = 0;
+  /** An answer to a question from before the last one is not fresh. */
+  #moves = 0;
   /** When the source last answered, by performance.now(). */
   #heardMs = -Infinity;
   #refresh: { readonly done: Promise<void>; readonly startedMs: number } | undefined;
@@ -206,14 +208,23 @@ export class Catalog {
     return this.#known.tags;
   }
 
+  /** Somebody here has moved a name: whoever asks from now on is told as it is now. */
+  expireTags(): void {
+    this.#moves++;
+    this.#freshUntilMs = 0;
+    this.#heardMs = -Infinity;
+    this.#refresh = undefined;
+  }
+
   #refreshing(): { readonly done: Promise<void>; readonly startedMs: number } {
     if (!this.#refresh) {
       const done = this.#refreshTags().finally(() => {
-        this.#refresh = undefined;
+        if (this.#refresh === refresh) this.#refresh = undefined;
       });
       // Nobody may be waiting any more when it fails.
       done.catch(() => undefined);
-      this.#refresh = { done, startedMs: performance.now() };
+      const refresh = { done, startedMs: performance.now() };
+      this.#refresh = refresh;
     }
     return this.#refresh;
   }
@@ -230,10 +241,12 @@ export class Catalog {
 
   async #refreshTags(): Promise<void> {
     const { source, tagTtlMs } = this.#context;
+    const moves = this.#moves;
     try {
       const tags = await source.listTags();
+      if (moves !== this.#moves && this.#known) return; // a later answer may be here already
       this.#known = { tags, asOfMs: Date.now() };
-      this.#heardMs = performance.now();
+      if (moves === this.#moves) this.#heardMs = performance.now();
       if (this.#stale !== undefined) this.#context.log(`cache: tags are fresh again from ${source.name}`);
       this.#stale = undefined;
       this.#saveTags(tags);
@@ -242,7 +255,7 @@ export class Catalog {
       if (!this.#known || !worthAnotherSource(error)) throw error;
       this.#goStale(error.message);
     }
-    this.#freshUntilMs = performance.now() + tagTtlMs;
+    if (moves === this.#moves) this.#freshUntilMs = performance.now() + tagTtlMs;
   }
 
   #goStale(why: string): void {

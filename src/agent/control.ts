@@ -44,6 +44,8 @@ export interface ControlParts extends MachineParts {
   /** Base of a new clone. */
   resolve(reference: string): Promise<{ digest: string; manifest: { kind: string; sizeBytes: number } }>;
   readonly cloneWork: CloneWork;
+  /** Such a call may have given a name another meaning. */
+  namesMoved(): void;
   /** Starts a successor; `handOver` has it take this proxy's place at once. Missing where there is no holder. */
   readonly prepareSuccessor?: () => Promise<{ readonly pid: number; handOver(): void }>;
   /** Resolves when the mount is gone. Throws in-use. */
@@ -77,6 +79,8 @@ const HTTP_STATUS = {
   bug: 500,
 } as const satisfies Record<ErrorCode, number>;
 
+const MOVES_NAMES = /\/(?:commit|push|checkpoint|base-checkpoint|remove-checkpoint)$/;
+
 /** Starts the server on `socketPath` (mode 0600). Returns what closes it. */
 export async function serveControl(
   socketPath: string,
@@ -101,6 +105,14 @@ export async function serveControl(
       .status(404)
       .send({ code: 'not-found', message: `the control socket has no ${request.method} ${request.url}` }),
   );
+  // Before the answer, for the next call; and after it, for one that took its time to say.
+  app.addHook('onSend', async ({ url }, _reply, payload) => {
+    if (MOVES_NAMES.test(url)) parts.namesMoved();
+    return payload;
+  });
+  app.addHook('onResponse', async ({ url }) => {
+    if (MOVES_NAMES.test(url)) parts.namesMoved();
+  });
   app.get('/v1/status', () => parts.status());
   app.post<{ Body: { force?: boolean } }>(
     '/v1/shutdown',

@@ -353,6 +353,7 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
       resolve,
       cloneWork: work,
       cache,
+      namesMoved: () => cache.expireTags(),
       shutdown: unmountOnce,
       ...(options.prepareSuccessor === undefined ? {} : { prepareSuccessor: options.prepareSuccessor }),
       ended: () => void finish(),
