@@ -106,6 +106,8 @@ const { values, settings } = (() => {
 /** One run of fio: MiB/s for large blocks, operations a second for small ones. */
 async function fio(subject: Subject, workload: Workload, folder: string, round: number): Promise<number> {
   const file = subject.freshFile?.(round) ?? subject.file;
+  // What the runs before have left to be written would be written during this one.
+  if (workload.rw.endsWith('write')) await run('sync', [folder, '--file-system']);
   await run(process.execPath, ['-e', `Buffer.alloc(${settings.sizeBytes}, 1)`]);
   const share = Math.floor(settings.sizeBytes / workload.jobs / MIB) * MIB;
   const args = [

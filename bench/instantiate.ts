@@ -144,17 +144,18 @@ function fewReboots({ runs }: Settings): Omit<Step, 'kind'>[] {
 
 /**
  * As the reboots: once in the table's order, rounds of local and warm ones, then cold ones with a recorded working set. The
- * set is recorded by the first warm one of each link; what warm ones know of it is what a proxy knows by default.
+ * set is recorded by a cold one over the first link, as by the first resume of a checkpoint anywhere; what warm ones know of
+ * it is what a proxy knows by default.
  */
 function resumesOf({ runs, coldRuns }: Settings, checkpoints: Checkpoints): Omit<Step, 'kind'>[] {
-  const over = (link: string, more: { profile?: boolean; records?: boolean }) => (scene: Scene) =>
-    resumeGrid(scene, checkpoints, { link, cache: `cache-resumes-${link}`, ...more });
+  const over = (link: string, profile: boolean) => (scene: Scene) =>
+    resumeGrid(scene, checkpoints, { link, cache: `cache-resumes-${link}`, profile });
   const overEmpty =
-    (link: string, profile = false) =>
+    (link: string, profile: boolean, records = false) =>
     async (scene: Scene, number: number) => {
       const cache = `cache-resume-${number}`;
       try {
-        return await resumeGrid(scene, checkpoints, { link, cache, profile });
+        return await resumeGrid(scene, checkpoints, { link, cache, profile, records });
       } finally {
         await rm(path.join(scene.folder, cache), { recursive: true, force: true });
       }
@@ -163,12 +164,8 @@ function resumesOf({ runs, coldRuns }: Settings, checkpoints: Checkpoints): Omit
     subject: 'local',
     run: (scene: Scene, number: number) => resumeLocal(scene, checkpoints, `resumed-${number}`),
   };
-  const warm = (link: string) => ({ subject: `${link}-warm`, run: over(link, { profile: true }) });
-  const first = (link: string) => [
-    { subject: `${link}-cold`, run: over(link, {}), counted: true },
-    { subject: `${link}-warm-recording`, run: over(link, { profile: true, records: true }), counted: false },
-    { ...warm(link), counted: false },
-  ];
+  const warm = (link: string) => ({ subject: `${link}-warm`, run: over(link, true) });
+  const firstOf = (link: string) => ({ subject: `${link}-cold`, run: over(link, false), counted: true });
   const coldOnes = (profile: boolean) =>
     ['lan', 'wan'].map((link) => ({
       subject: `${link}-cold${profile ? '-profile' : ''}`,
@@ -176,8 +173,11 @@ function resumesOf({ runs, coldRuns }: Settings, checkpoints: Checkpoints): Omit
     }));
   return [
     { ...local, counted: false },
-    ...first('lan'),
-    ...first('wan'),
+    firstOf('lan'),
+    { subject: 'lan-cold-recording', run: overEmpty('lan', true, true), counted: false },
+    { ...warm('lan'), counted: false },
+    firstOf('wan'),
+    { ...warm('wan'), counted: false },
     ...Array.from({ length: runs }, () => counted([local, warm('lan'), warm('wan')])).flat(),
     ...Array.from({ length: coldRuns }, (_, round) =>
       counted([...(round === 0 ? [] : coldOnes(false)), ...coldOnes(true)]),
