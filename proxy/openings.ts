@@ -174,7 +174,16 @@ export class Openings {
     if (kept) return kept;
     if (!this.known) return fetch(alone);
     const path = openingPath(digest);
-    const answer = await fetch({ path, bytesMax: OPENING_BYTES_MAX + MANIFEST_BYTES_MAX });
+    let answer: Buffer;
+    try {
+      answer = await fetch({ path, bytesMax: OPENING_BYTES_MAX + MANIFEST_BYTES_MAX });
+    } catch (error) {
+      if (!(error instanceof GridError) || error.code !== 'not-found') throw error;
+      // No such manifest; or the far side is an older one by now.
+      const bytes = await fetch(alone);
+      this.known = false;
+      return bytes;
+    }
     for (const object of parseOpening(answer, `the answer to ${path}`)) {
       this.#kept.set(`${object.kind} ${object.digest}`, object);
     }

@@ -448,8 +448,7 @@ export class Clones {
 
   async #delete(id: string): Promise<void> {
     const record = this.get(id);
-    this.#unsynced.drop(id);
-    await this.#unsynced.done(id).catch(() => undefined); // what is under way
+    await this.#unsynced.drop(id);
     const doomed = path.join(this.#root, 'clones', `.${id}.gone`);
     await rename(this.#folderOf(id), doomed);
     this.#records.delete(id);

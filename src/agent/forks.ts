@@ -90,7 +90,7 @@ export class Forks {
     let clone: string | undefined;
     const volumes: VmVolume[] = [];
     try {
-      const disk = (await this.#catalog.manifestOf(diskDigest)).manifest;
+      const disk = await this.#catalog.manifest(diskDigest);
       ({ id: clone } = await this.#clones.create({
         image: reference,
         base: diskDigest,
@@ -146,7 +146,7 @@ export class Forks {
 
   /** What belongs to the memory image. Throws bad-format and what reading it throws. */
   async #checkpoint(reference: string, stateDigest: Digest): Promise<Checkpoint> {
-    const { sizeBytes } = (await this.#catalog.manifestOf(stateDigest)).manifest;
+    const { sizeBytes } = await this.#catalog.manifest(stateDigest);
     if (sizeBytes > CHECKPOINT_FILE_BYTES_MAX) {
       throw new GridError('bad-format', `the state of ${reference} has ${sizeBytes} bytes`);
     }

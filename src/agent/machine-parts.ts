@@ -12,7 +12,9 @@ export interface MachineCatalog {
     reference: string,
     recent?: boolean,
   ): Promise<{ digest: Digest; manifest: Manifest; folder: string }>;
+  /** `folder`: where it is on the mount, if a name shows it. */
   manifestOf(digest: Digest): Promise<{ manifest: Manifest; folder: string | undefined }>;
+  manifest(digest: Digest): Promise<Manifest>;
   /** The first `lengthBytes` of an image's content. */
   read(digest: Digest, lengthBytes: number): Promise<Buffer>;
   /** Where a clone's disk is on the mount. */

@@ -7,21 +7,22 @@
 /** By then a start is over, or has other things to wait for. */
 const PUT_OFF_MS = 2_000;
 
+interface Waiting {
+  readonly sync: () => Promise<void>;
+  readonly timer?: NodeJS.Timeout;
+}
+
 export class PutOff {
-  readonly #waiting = new Map<
-    string,
-    { readonly timer: NodeJS.Timeout; readonly sync: () => Promise<void> }
-  >();
+  readonly #waiting = new Map<string, Waiting>();
   readonly #underWay = new Map<string, Promise<void>>();
-  #closed = false;
   readonly #failed: (name: string, error: unknown) => void;
 
+  /** `failed`: nobody had asked for it. Who asks for it then is told himself. */
   constructor(failed: (name: string, error: unknown) => void) {
     this.#failed = failed;
   }
 
   add(name: string, sync: () => Promise<void>): void {
-    if (this.#closed) return;
     const timer = setTimeout(() => {
       this.done(name).catch((error: unknown) => this.#failed(name, error));
     }, PUT_OFF_MS).unref();
@@ -33,12 +34,12 @@ export class PutOff {
     const waiting = this.#waiting.get(name);
     if (!waiting) return this.#underWay.get(name);
     const { sync } = waiting;
-    this.drop(name);
+    this.#drop(name);
     const running = sync().then(
       () => void this.#underWay.delete(name),
       (error: unknown) => {
         this.#underWay.delete(name);
-        this.add(name, sync);
+        this.#waiting.set(name, { sync });
         throw error;
       },
     );
@@ -46,16 +47,24 @@ export class PutOff {
     return running;
   }
 
-  /** It is gone: nobody needs it. */
-  drop(name: string): void {
+  /** Nobody needs it any more; resolves when nothing of it is under way. */
+  async drop(name: string): Promise<void> {
+    this.#drop(name);
+    await this.#underWay.get(name)?.catch(() => undefined);
+    this.#drop(name);
+  }
+
+  #drop(name: string): void {
     clearTimeout(this.#waiting.get(name)?.timer);
     this.#waiting.delete(name);
   }
 
-  /** Does what is left; never rejects. */
+  /** Does what is left, and ends; never rejects. */
   async close(): Promise<void> {
-    this.#closed = true;
     const names = new Set([...this.#waiting.keys(), ...this.#underWay.keys()]);
-    for (const name of names) await this.done(name).catch((error: unknown) => this.#failed(name, error));
+    for (const name of names) {
+      await this.done(name).catch((error: unknown) => this.#failed(name, error));
+      this.#drop(name);
+    }
   }
 }

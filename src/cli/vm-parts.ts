@@ -65,9 +65,10 @@ export async function machineWork(parts: MachineParts): Promise<MachineWork> {
   const catalog: MachineCatalog = {
     resolve: parts.resolve,
     async manifestOf(digest) {
-      const tag = (cache.recentTags() ?? (await cache.listTags())).find((one) => one.manifest === digest);
+      const tag = (await cache.listTags()).find((one) => one.manifest === digest);
       return { manifest: await cache.readManifest(digest), folder: tag && parts.imageFolderOf(tag) };
     },
+    manifest: (digest) => cache.readManifest(digest),
     read: (digest, lengthBytes) => readContent(cache, digest, lengthBytes),
     diskOf: (id) => path.join(mountpoint, 'clones', id, 'disk.raw'),
   };

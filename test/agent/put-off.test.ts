@@ -9,7 +9,7 @@ test('it is done when it is needed, once; what is dropped is not done', async ()
   const sync = (name: string) => async () => void done.push(name);
   putOff.add('a', sync('a'));
   putOff.add('b', sync('b'));
-  putOff.drop('b');
+  await putOff.drop('b');
   await Promise.all([putOff.done('a'), putOff.done('a'), putOff.done('b'), putOff.done('unknown')]);
   assert.deepEqual(done, ['a']);
   putOff.add('c', sync('c'));
@@ -46,4 +46,25 @@ test('one that failed is still to be done', async () => {
   });
   await putOff.close();
   assert.deepEqual(failures, ['b: Error: gone']);
+});
+
+// Without the second #drop of `drop`, what fails because its thing is gone would be tried again.
+test('what is dropped while it is under way is waited for, and is over however it ends', async () => {
+  const putOff = new PutOff(() => undefined);
+  const gate = Promise.withResolvers<void>();
+  let attempts = 0;
+  putOff.add('a', () => {
+    attempts++;
+    return gate.promise;
+  });
+  const asked = putOff.done('a');
+  let dropped = false;
+  const dropping = putOff.drop('a').then(() => (dropped = true));
+  await new Promise(setImmediate);
+  assert.ok(!dropped);
+  gate.reject(new Error('gone'));
+  await assert.rejects(asked, /gone/);
+  await dropping;
+  await putOff.done('a');
+  assert.equal(attempts, 1);
 });

@@ -78,7 +78,7 @@ test('a small part of an image costs no round trip of its own; it is asked for w
 async function between(
   stack: AsyncDisposableStack,
   to: string,
-  change: (url: string, body: Buffer) => Buffer | undefined,
+  change: (url: string, body: Buffer) => Buffer | 'not-found' | undefined,
 ): Promise<string> {
   const server = http.createServer((request, response) => {
     const pieces: Buffer[] = [];
@@ -93,7 +93,10 @@ async function between(
           ...(pieces.length > 0 ? { body: Buffer.concat(pieces) } : {}),
         });
         const body = Buffer.from(await answer.arrayBuffer());
-        response.writeHead(answer.status).end(change(url!, body) ?? body);
+        const changed = change(url!, body);
+        if (changed === 'not-found')
+          response.writeHead(404).end('{"code":"not-found","message":"no such path"}');
+        else response.writeHead(answer.status).end(changed ?? body);
       })();
     });
   });
@@ -147,6 +150,23 @@ test('an answer that is no opening, or one without the manifest, is bad-format; 
   }
   answer = undefined;
   assert.ok(parseManifest(await source.readManifest(fixture.digest), fixture.digest));
+});
+
+test('a server that had openings and has none any more is asked for manifests alone', async () => {
+  await using stack = new AsyncDisposableStack();
+  let isOld = false;
+  const asked: string[] = [];
+  const changed = await between(stack, await serve(stack), (url) => {
+    asked.push(url);
+    return isOld && url.startsWith('/v1/openings/') ? 'not-found' : undefined;
+  });
+  const source = await connectSource(changed);
+  stack.defer(() => source.close());
+  await assert.rejects(source.readManifest('ef'.repeat(32)), hasCode('not-found'));
+  isOld = true;
+  for (let times = 0; times < 2; times++)
+    assert.ok(parseManifest(await source.readManifest(fixture.digest), fixture.digest));
+  assert.equal(asked.filter((url) => url.includes(fixture.digest)).length, 3);
 });
 
 test('a server that has no openings is asked for the manifest alone', async () => {
