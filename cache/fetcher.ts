@@ -39,7 +39,7 @@ interface Wanted {
   readonly tally: FetchTally;
   priority: Priority;
   /** Among what is prefetched. */
-  readonly rank: number;
+  rank: number;
   /** How many asked for it. */
   waiters: number;
   /** Asked for a second time; the next failure is final. */
@@ -85,6 +85,7 @@ export class Fetcher {
     if (wanted) {
       wanted.waiters++;
       if (priority === 'demand') this.promote(ref);
+      else this.hasten(ref, rank);
       return wanted.promise;
     }
     wanted = {
@@ -112,6 +113,14 @@ export class Fetcher {
     if (!this.#prefetch.delete(wanted)) return;
     this.#demand.push(wanted);
     this.#schedule();
+  }
+
+  /** Somebody wants this chunk sooner than who asked for it first. */
+  hasten(ref: ChunkRef, rank: number): void {
+    const wanted = this.#flights.get(keyOf(ref));
+    if (!wanted || wanted.rank <= rank || !this.#prefetch.delete(wanted)) return;
+    wanted.rank = rank;
+    this.#prefetch.add(wanted);
   }
 
   /** One who asked for this prefetch does not want it any more: if nobody else does and it has not gone out, it

@@ -236,6 +236,8 @@ export class ImageFile {
    * throws. False when it is here already. */
   async prefetch(index: number, rank = 0): Promise<boolean> {
     if (this.states.get(index) !== UNIT_ABSENT) return false;
+    if (this.#flights.has(index) && this.table.entryOf(index) >= 0)
+      this.#context.fetcher.hasten(this.refOf(index), rank);
     const flight = this.#obtain(index, false, rank);
     await flight.plain;
     await flight.stored;

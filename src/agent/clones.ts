@@ -181,7 +181,6 @@ export class Clones {
   async #freeze(id: string, child: string): Promise<CloneRecord> {
     const record = this.get(id);
     this.#checkFree(id, `made the base of '${child}'`);
-    await this.#unsynced.done(id);
     const disk = await this.#openDisk(record);
     let empty: boolean;
     try {

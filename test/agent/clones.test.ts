@@ -196,7 +196,7 @@ test('a create that fails leaves nothing, also of the clone that it starts from'
   assert.deepEqual(world.layers(), []);
 });
 
-// Fails without `putOff` in clones.ts; the last parts without `done` in #freeze, and without the size in readRecords.
+// Fails without `putOff` in clones.ts; the last parts without `done` in #replace, and without the size in readRecords.
 test('a clone of a VM is durable when somebody needs it, and one that the power took half-made is swept', async () => {
   await world.clones.close();
   const { parts } = world;
