@@ -6,7 +6,7 @@ import { Counter, Gauge, Histogram, Registry } from 'prom-client';
 import type { ErrorCode } from '../src/core/errors.ts';
 import type { Priority } from '../src/core/source.ts';
 
-export type ServedRoute = 'tags' | 'manifest' | 'table' | 'chunk' | 'profile' | 'batch' | 'other';
+export type ServedRoute = 'tags' | 'opening' | 'manifest' | 'table' | 'chunk' | 'profile' | 'batch' | 'other';
 
 export interface ServerMetrics {
   readonly contentType: string;

@@ -283,8 +283,9 @@ function routeOf(pattern: string | undefined): ServedRoute {
       return 'tags';
     case BATCH_PATH:
       return 'batch';
-    case '/v1/manifests/:ab/:digest':
     case '/v1/openings/:ab/:digest':
+      return 'opening';
+    case '/v1/manifests/:ab/:digest':
       return 'manifest';
     case '/v1/tables/:ab/:digest':
       return 'table';

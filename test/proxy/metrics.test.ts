@@ -47,11 +47,16 @@ test('requests, bytes, errors by code and batch times are counted; health says w
     await failsWith(source.readManifest('ab'.repeat(32)), 'not-found');
     let value = await scrape();
     assert.equal(value('gridvfs_server_requests_total{route="batch"}'), 1);
-    assert.equal(value('gridvfs_server_requests_total{route="manifest"}'), 2);
+    assert.equal(value('gridvfs_server_requests_total{route="opening"}'), 2);
+    assert.equal(
+      value('gridvfs_server_requests_total{route="manifest"}'),
+      1,
+      'what is not there is asked for alone',
+    );
     assert.equal(value('gridvfs_server_sent_bytes_total{route="batch"}'), stored);
     assert.equal(value('gridvfs_server_batch_chunks_total{priority="demand"}'), distinct);
     assert.equal(value('gridvfs_server_batch_duration_seconds_count{priority="demand"}'), 1);
-    assert.equal(value('gridvfs_server_errors_total{code="not-found"}'), 1);
+    assert.equal(value('gridvfs_server_errors_total{code="not-found"}'), 2);
     assert.equal(value('gridvfs_server_requests_in_flight'), 1, 'the scrape itself');
     assert.deepEqual(await (await fetch(`${url}/healthz`)).json(), { status: 'ok' });
 
