@@ -76,7 +76,9 @@ const qemuNbd: BootPeer = {
       ...['nbdkit', '--foreground', '--readonly', '--ipaddr', way.listen, '--port', String(port)],
       ...['file', way.disk],
     ];
-    const program = await way.atOrigin(() => startProgram({ command, isReady: () => connects(port) }));
+    const program = await way.atOrigin(() =>
+      startProgram({ command, isReady: () => connects({ host: '127.0.0.1', port }) }),
+    );
     const { host, port: at } = await way.reach(port);
     return {
       backing: `nbd://${host}:${at}`,
@@ -114,7 +116,9 @@ const qemuSsh: BootPeer = {
       ...['qemu-nbd', '--read-only', '--persistent', '--shared=8', '--socket', socket],
       `json:${JSON.stringify({ driver: 'raw', file })}`,
     ];
-    const program = await startProgram({ command, environment, isReady: () => existsSync(socket) });
+    // Its socket is there before it listens.
+    const isReady = () => connects({ path: socket });
+    const program = await startProgram({ command, environment, isReady });
     started.defer(() => program.stop());
     const running = started.move();
     return {
@@ -127,9 +131,9 @@ const qemuSsh: BootPeer = {
 
 export const BOOT_PEERS: readonly BootPeer[] = [...PEERS.map(asBootPeer), qemuNbd, qemuSsh];
 
-function connects(port: number): Promise<boolean> {
+function connects(where: net.NetConnectOpts): Promise<boolean> {
   return new Promise((resolve) => {
-    const socket = net.connect(port, '127.0.0.1');
+    const socket = net.connect(where);
     socket.once('connect', () => {
       socket.destroy();
       resolve(true);
