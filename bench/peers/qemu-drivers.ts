@@ -88,9 +88,16 @@ const qemuNbd: BootPeer = {
   },
 };
 
+/** Where Debian puts QEMU's modules, from /usr/bin. */
+const MODULES = `../lib/${process.arch === 'arm64' ? 'aarch64' : 'x86_64'}-linux-gnu/qemu`;
+
 const qemuSsh: BootPeer = {
   name: 'qemu ssh',
-  programs: { 'ssh-agent': 'openssh-client', 'qemu-nbd': 'qemu-utils' },
+  programs: {
+    'ssh-agent': 'openssh-client',
+    'qemu-nbd': 'qemu-utils',
+    [`${MODULES}/block-ssh.so`]: 'qemu-block-extra',
+  },
   version: qemuVersion,
   async start(way) {
     const agentSocket = path.join(way.folder, 'agent.sock');
