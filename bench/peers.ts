@@ -87,7 +87,7 @@ interface PeerScene extends Scene {
 
 /** Starts by link, subject and state. */
 type Starts = Map<string, Start[]>;
-const keyOf = (link: string, subject: string, state: State) => `${link}|${subject}|${state}`;
+const keyOf = (link: string, subject: string, state: State) => [link, subject, state].join('\n');
 
 function keep(starts: Starts, link: string, subject: string, state: State, start: Start): void {
   const key = keyOf(link, subject, state);
@@ -176,7 +176,7 @@ function rowsOf(
 ): Row[] {
   const secondsOf = (all: readonly Start[] | undefined) => (all ?? []).map((start) => start.seconds);
   return [...starts].map(([key, all]) => {
-    const [link, subject, state] = key.split('|') as [string, string, State];
+    const [link, subject, state] = key.split('\n') as [string, string, State];
     const { value, ...summary } = summaryOf(secondsOf(all));
     const ratio = ratioOf(secondsOf(all), secondsOf(starts.get(keyOf(link, OURS, state))));
     const linkBytes = all[0]!.linkBytes;
