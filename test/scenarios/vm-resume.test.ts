@@ -131,8 +131,8 @@ suite('suspended VMs and checkpoints', () => {
     await world.json('vm', 'resume', fork.id);
   };
 
-  /** A name that means another checkpoint than a moment ago. Without the second `run` of forks.ts the last fork would be
-   * refused as moved meanwhile; without looking the name up again, it would be of the first checkpoint. */
+  /** A name that means another checkpoint than a moment ago. Fails without `namesMoved` in control.ts: names are believed
+   * for a second. */
   const isMoved = async (fork: Vm) => {
     for (const word of ['first', 'second']) {
       await ask(fork.consoleSocket, `echo ${word} > /root/word; sync; echo done-$((6*7))`, /done-42/);
