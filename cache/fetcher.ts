@@ -3,8 +3,9 @@
  * one call, what arrives is decoded and checked before anybody gets it. It does not know that it feeds a cache.
  *
  * Two queues. Demand goes out at once. Prefetch goes out behind it, in calls of some chunks, as many bytes at a time
- * as keep the way to the source full and as fast as the ceiling allows, the lowest rank first. A demand for a chunk whose prefetch is still queued here
- * takes it over; one whose prefetch is under way joins it: little is, and asking twice would be slower.
+ * as keep the way to the source full and as fast as the ceiling allows, the lowest rank first. A demand for a chunk
+ * whose prefetch is still queued here takes it over; one whose prefetch is under way joins it: little is, and asking
+ * twice would be slower.
  *
  * A chunk that does not match its digest is asked for once more, alone. A batch that fails because of one of its
  * chunks (not-found, say) is asked for again chunk by chunk, so that no reader fails for another's chunk.
