@@ -9,7 +9,7 @@ import { isUtf8 } from 'node:buffer';
 import { constants } from 'node:os';
 import type { ErrorCode } from '../../core/errors.ts';
 import { errnoOf, GridError } from '../../core/errors.ts';
-import { FUSE_REQUEST_BYTES_MAX } from '../../core/limits.ts';
+import { FUSE_REQUEST_BYTES_MAX, FUSE_WRITE_BYTES_MAX } from '../../core/limits.ts';
 import type { TreeEntry } from '../../core/image.ts';
 
 /* Request header: u32 len, u32 opcode, u64 unique, u64 nodeid, u32 uid, u32 gid, u32 pid, u32 padding. */
@@ -18,6 +18,8 @@ export const IN_HEADER_BYTES = 40;
 export const STAMP_AT = 36;
 /* Reply header: u32 len, i32 -errno, u64 unique. */
 export const OUT_HEADER_BYTES = 16;
+/* READ's body: u64 fh, u64 offset, u32 size, u32 flags, u64 owner, u32 open flags, u32 0. */
+export const READ_BODY_BYTES = 40;
 /* WRITE's body before its data: u64 fh, u64 offset, u32 size, u32 flags, u64 owner, u32 open flags, u32 0. */
 export const WRITE_BODY_BYTES = 40;
 /** What one read(2) of the device may return: a full WRITE, and the header room that the kernel demands. */
@@ -80,6 +82,7 @@ const ATOMIC_O_TRUNC = 2 ** 3;
 const BIG_WRITES = 2 ** 5;
 const DO_READDIRPLUS = 2 ** 13;
 const READDIRPLUS_AUTO = 2 ** 14;
+const ASYNC_DIO = 2 ** 15;
 const PARALLEL_DIROPS = 2 ** 18;
 const MAX_PAGES = 2 ** 22;
 const INIT_EXT = 2 ** 30;
@@ -87,8 +90,9 @@ const INIT_EXT = 2 ** 30;
 /**
  * What is asked for where the kernel offers it. Not WRITEBACK_CACHE: a write that was acknowledged must be in the
  * layer's files, where it outlives this daemon and its mount; the kernel would acknowledge it from its own page
- * cache. Not ASYNC_DIO: it makes the kernel wait for O_DIRECT reads in a way that no signal ends, so a QEMU whose
- * tunnel is dead could not be killed; without it only libaio's io_submit waits. Not AUTO_INVAL_DATA: content never changes behind the kernel's back.
+ * cache. Not AUTO_INVAL_DATA: content never changes behind the kernel's back. ASYNC_DIO sends what one O_DIRECT call
+ * asks for in pieces side by side, to several workers, and lets libaio and io_uring go on meanwhile; the price is that
+ * no signal ends the kernel's wait for a read, for which calls.ts makes up.
  */
 const WANTED =
   ASYNC_READ |
@@ -96,6 +100,7 @@ const WANTED =
   BIG_WRITES |
   DO_READDIRPLUS |
   READDIRPLUS_AUTO |
+  ASYNC_DIO |
   PARALLEL_DIROPS |
   MAX_PAGES |
   INIT_EXT;
@@ -145,7 +150,7 @@ export function encodeInitReply(
   // Read-ahead requests that may be under way at once; 50 guests may start on one cold image.
   out.writeUInt16LE(128, 16);
   out.writeUInt16LE(96, 18);
-  out.writeUInt32LE(FUSE_REQUEST_BYTES_MAX, 20);
+  out.writeUInt32LE(FUSE_WRITE_BYTES_MAX, 20);
   out.writeUInt32LE(1, 24); // time stamps count in nanoseconds
   out.writeUInt16LE(FUSE_REQUEST_BYTES_MAX / 4096, 28);
   out.writeUInt32LE((passthrough ? PASSTHROUGH : 0) + (resend ? HAS_RESEND : 0), 32);

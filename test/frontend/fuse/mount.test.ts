@@ -253,6 +253,20 @@ describe('a mount of the kernel driver', () => {
     });
   }
 
+  // Its read is begun and not waited for: a process that ends waits for it all the same (exit_aio, fs/aio.c).
+  test('a QEMU that reads with libaio can be killed while its bytes do not come', async () => {
+    const child = await MountChild.start(place, { specs });
+    const stuck = file('images/stuck/1/disk.raw');
+    const args = ['-r', '-f', 'raw', '-t', 'none', '-n', '-c', 'aio_read 2M 64k', '-c', 'aio_flush', stuck];
+    const reader = spawn('qemu-io', args, { stdio: 'ignore' });
+    const exit = once(reader, 'exit');
+    await setTimeout(500);
+    assert.equal(reader.exitCode, null);
+    process.kill(reader.pid!, 'SIGKILL');
+    assert.deepEqual(await Promise.race([exit, setTimeout(3000, 'still there')]), [null, 'SIGKILL']);
+    await child.stop();
+  });
+
   test('a buffered reader that waits for bytes that do not come can be killed', async () => {
     const child = await MountChild.start(place, { specs });
     const reader = spawn('cat', [file('images/stuck/1/disk.raw')], { stdio: 'ignore' });
