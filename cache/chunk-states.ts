@@ -9,10 +9,11 @@
  * chunk: a clock with many hands. An LRU list of 400,000 entries per 100 GiB would know no more than this does.
  */
 import type { ChunkTable } from '../src/core/chunk-table.ts';
-import { NOTE_READ, UNIT_ABSENT, UNIT_PRESENT, UNIT_UNVERIFIED } from '../src/core/image.ts';
+import { UNIT_ABSENT, UNIT_PRESENT, UNIT_UNVERIFIED } from '../src/core/image.ts';
 import { nextData } from '../src/core/linux.ts';
 import { chunkCountOf, chunkLengthOf } from '../src/core/manifest.ts';
 import type { Manifest } from '../src/core/manifest.ts';
+import { NOTE_READ, noteRange } from '../src/core/unit-notes.ts';
 import { scanRecords } from './map-file.ts';
 import type { ImageFiles } from './map-file.ts';
 
@@ -22,7 +23,7 @@ export const UNIT_AHEAD = 3;
 /** Being taken away: not readable any more, not to be stored yet. */
 export const UNIT_EVICTING = 4;
 
-/** Beside NOTE_READ. */
+/** See src/core/unit-notes.ts: workers write there too, so bits are set one by one. */
 const NOTE_PREFETCHED = 2;
 
 /** Who wants to know what is read. */
@@ -158,13 +159,19 @@ export class ChunkStates {
     }
   }
 
+  /** A reader comes to the bytes from `from` to before `end` of a chunk. */
+  touch(index: number, from: number, end: number): void {
+    this.touched[index] = 1;
+    noteRange(this.#notes, index, this.manifest.chunkBytes, from, end);
+  }
+
   /** Reads and clears the marks of use; `used` hears of each chunk of data that was touched since the last time. */
   harvest(generation: number, used?: (index: number) => void): void {
     const { touched } = this;
     for (let index = touched.indexOf(1); index >= 0; index = touched.indexOf(1, index + 1)) {
       touched[index] = 0;
       if (this.table.entryOf(index) < 0) continue;
-      this.#notes[index]! |= NOTE_READ;
+      Atomics.or(this.#notes, index, NOTE_READ);
       this.#usedAt[index] = generation;
       used?.(index);
     }
@@ -176,14 +183,14 @@ export class ChunkStates {
   }
 
   notePrefetched(index: number): void {
-    this.#notes[index]! |= NOTE_PREFETCHED;
+    Atomics.or(this.#notes, index, NOTE_PREFETCHED);
   }
 
   /** Distinct chunks of data read since the start, and of the prefetched ones those that were. */
   usage(): { touchedChunks: number; prefetchedUsedChunks: number } {
     for (const [first, chunks] of this.table.extents()) {
       for (let index = first; index < first + chunks; index++) {
-        if (this.touched[index] !== 0) this.#notes[index]! |= NOTE_READ;
+        if (this.touched[index] !== 0) Atomics.or(this.#notes, index, NOTE_READ);
       }
     }
     return usageOf(this.noteBytes, this.table);

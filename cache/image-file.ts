@@ -190,7 +190,7 @@ export class ImageFile {
       const start = index * chunkBytes;
       const from = Math.max(offsetBytes, start);
       const part = target.subarray(from - offsetBytes, Math.min(end, start + chunkBytes) - offsetBytes);
-      this.states.touched[index] = 1;
+      this.states.touch(index, from - start, from - start + part.length);
       if (this.states.get(index) === UNIT_AHEAD) {
         this.states.set(index, UNIT_PRESENT);
         this.#readOn(index);

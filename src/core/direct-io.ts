@@ -36,6 +36,7 @@ import {
 import type { DirectLayer, DirectMap } from './image.ts';
 import { chunkHash } from './chunk-hash.ts';
 import { DiskAhead } from './disk-ahead.ts';
+import { noteRange } from './unit-notes.ts';
 import { Usage } from './usage.ts';
 import { GridError } from './errors.ts';
 import { FUSE_REQUEST_BYTES_MAX, LAYER_BLOCK_BYTES } from './limits.ts';
@@ -59,6 +60,7 @@ export class DirectFile {
   readonly usage: Usage | undefined;
   readonly #unitStates: Uint8Array;
   readonly #touched: Uint8Array;
+  readonly #notes: Uint8Array | undefined;
   /** Undefined where nobody reads ahead. */
   readonly #ahead: DiskAhead | undefined;
   /** What UNVERIFIED units are hashed against; undefined where this object leaves that to the main thread. */
@@ -93,6 +95,7 @@ export class DirectFile {
     if (map.usage) this.usage = new Usage(map.usage);
     this.#unitStates = new Uint8Array(map.base.states);
     this.#touched = new Uint8Array(map.base.touched);
+    if (map.base.notes) this.#notes = new Uint8Array(map.base.notes);
     if (met) this.#ahead = new DiskAhead(map.base, met);
     if (verifies && map.base.hashes) this.#hashes = new BigUint64Array(map.base.hashes);
     const frozen = map.layer?.frozen ?? [];
@@ -176,6 +179,11 @@ export class DirectFile {
       const state = Atomics.load(states, unit);
       if (state !== UNIT_PRESENT && !(state === UNIT_UNVERIFIED && this.#verify(unit))) return false;
       this.#touched[unit] = 1;
+      if (this.#notes) {
+        const start = unit * unitBytes;
+        const from = Math.max(0, offsetBytes - start);
+        noteRange(this.#notes, unit, unitBytes, from, Math.min(unitBytes, offsetBytes + lengthBytes - start));
+      }
       this.#ahead?.note(unit);
     }
     return true;

@@ -45,9 +45,6 @@ export const UNIT_PRESENT = 1;
 /** On disk as of an earlier run, not yet checked since the start: a thread that hashes it makes it PRESENT. */
 export const UNIT_UNVERIFIED = 2;
 
-/** Bit of a unit in `DirectBase.notes`: a reader had it, some time since its owner's start. */
-export const NOTE_READ = 1;
-
 /** States of a block of a layer in `DirectLayer.states`. */
 export const BLOCK_ABSENT = 0;
 export const BLOCK_DATA = 1;
@@ -77,7 +74,7 @@ export interface DirectBase {
   readonly states: SharedArrayBuffer;
   /** One byte per unit: recency, cleared by the cache. */
   readonly touched: SharedArrayBuffer;
-  /** One byte per unit: see NOTE_READ. What was `touched` comes here when that is cleared. */
+  /** One byte per unit: see unit-notes.ts. What was `touched` comes here when that is cleared. */
   readonly notes?: SharedArrayBuffer;
   /** One u64 per unit, its `chunkHash`; 0: only the main thread can say whether the unit is right. */
   readonly hashes?: SharedArrayBuffer;
