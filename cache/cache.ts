@@ -36,7 +36,7 @@ import type { CacheStatus } from './status.ts';
 import { Tier } from './tier.ts';
 import type { TierCache } from './tier.ts';
 import { Upkeep } from './upkeep.ts';
-import type { ScrubResult, WarmResult } from './upkeep.ts';
+import type { ReplayOptions, ScrubResult, WarmResult } from './upkeep.ts';
 
 export interface CacheOptions {
   /** Made if it is not there; one process at a time. */
@@ -248,8 +248,13 @@ export class Cache {
     return this.#upkeep.scrub(options);
   }
 
+  /** A machine is being started until what is returned is called: prefetch leaves it the processors. */
+  starting(): () => void {
+    return this.#fetcher.starting();
+  }
+
   /** Fetches what earlier starts of this kind touched, while they start. Resolves to the chunks fetched. */
-  prefetchProfile(manifest: Digest, purpose: Purpose, options: PrefetchOptions = {}): Promise<number> {
+  prefetchProfile(manifest: Digest, purpose: Purpose, options: ReplayOptions = {}): Promise<number> {
     return this.#upkeep.prefetchProfile(manifest, purpose, options);
   }
 

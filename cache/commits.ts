@@ -7,13 +7,10 @@
  * the last good one counts, also what was being written meanwhile (`syncFailures` tells). A failed write of records
  * costs nothing: the data is safe, the records stay on the list.
  */
-import { CACHE_COMMIT_BYTES, CACHE_COMMIT_INTERVAL_MS, MIB } from '../src/core/limits.ts';
+import { CACHE_COMMIT_BYTES, CACHE_COMMIT_INTERVAL_MS } from '../src/core/limits.ts';
 import { syncData, syncNewFiles, writeRecords } from './map-file.ts';
 import type { ImageFiles } from './map-file.ts';
 import type { Space } from './space.ts';
-
-/** Less than any host keeps dirty before it makes writers wait. */
-const WRITTEN_NOW_BYTES_MAX = 32 * MIB;
 
 export interface CommitContext {
   readonly folder: string;
@@ -43,11 +40,6 @@ export class Commits {
   constructor(context: CommitContext) {
     this.#context = context;
     this.#filesAreNew = context.filesAreNew;
-  }
-
-  /** The disk has little to do: a write into the kernel's pages does not wait for it. */
-  get mayWriteNow(): boolean {
-    return this.#underWay === undefined && this.#waitingBytes < WRITTEN_NOW_BYTES_MAX;
   }
 
   get unrecordedChunks(): number {

@@ -14,7 +14,7 @@ import { decodeChunk } from '../src/core/chunk.ts';
 import type { ChunkRef, StoredChunk } from '../src/core/chunk.ts';
 import { ChunkDecoder } from '../src/core/decoder.ts';
 import { asGridError, GridError } from '../src/core/errors.ts';
-import { BATCH_CHUNKS_MAX, CACHE_BATCHES_MAX, KIB, MIB } from '../src/core/limits.ts';
+import { BATCH_CHUNKS_MAX, CACHE_BATCHES_MAX, MIB } from '../src/core/limits.ts';
 import type { ChunkSource, Priority, WayFigures } from '../src/core/source.ts';
 import { RankedQueue } from './ranked-queue.ts';
 import { RateCeiling } from './rate-ceiling.ts';
@@ -28,11 +28,16 @@ export interface FetchTally {
 
 /** Chunks in one call of prefetch: several calls share what may be under way. */
 const PREFETCH_CHUNKS_MAX = 32;
+/**
+ * While a machine is being started, prefetch goes no faster than this. At full speed it takes all of the main thread, in
+ * which the steps of the start then stand behind it: on a link of 1 Gbit/s a QEMU was begun after 0.4 s instead of 0.1.
+ * It is what a link of 100 Mbit/s carries, so longer ways lose nothing.
+ */
+const STARTING_BYTES_PER_SECOND = 12 * MIB;
+/** More than is under way on such a link of 30 ms. */
+const STARTING_BURST_SECONDS = 0.04;
 /** Stored bytes of prefetch under way at a source that cannot say how many it wants. */
 const PREFETCH_BYTES = 1 * MIB;
-
-/** What is no larger is decoded sooner than it is sent to another thread and back. */
-const DECODED_HERE_BYTES_MAX = 32 * KIB;
 
 interface Wanted {
   readonly key: string;
@@ -58,6 +63,9 @@ export class Fetcher {
   #demand: Wanted[] = [];
   readonly #prefetch = new RankedQueue<Wanted>();
   readonly #ceiling: RateCeiling;
+  readonly #startingCeiling = new RateCeiling(STARTING_BYTES_PER_SECOND, STARTING_BURST_SECONDS);
+  /** Machines that are being started. */
+  #starting = 0;
   readonly #readAround: boolean;
   /** For what nobody waits for: see decoder.ts. */
   readonly #decoder = new ChunkDecoder();
@@ -148,6 +156,22 @@ export class Fetcher {
     return this.#readAround ? this.#source.way?.() : undefined;
   }
 
+  /** A machine is being started, until what is returned is called (again and again does not hurt). */
+  starting(): () => void {
+    this.#starting++;
+    let isOver = false;
+    return () => {
+      if (isOver) return;
+      isOver = true;
+      this.#starting--;
+      if (this.#prefetch.size > 0) this.#schedule();
+    };
+  }
+
+  get #ceilings(): readonly RateCeiling[] {
+    return this.#starting > 0 ? [this.#ceiling, this.#startingCeiling] : [this.#ceiling];
+  }
+
   /** Stored bytes of prefetch that are queued or under way. */
   get prefetchBytes(): number {
     let bytes = this.#prefetchBytesUnderWay;
@@ -189,10 +213,12 @@ export class Fetcher {
     }
     while (this.#prefetch.size > 0) {
       const wantedBytes = this.#source.way?.()?.prefetchBytes ?? PREFETCH_BYTES;
-      const bytes = Math.min(wantedBytes, this.#ceiling.burstBytes);
+      const ceilings = this.#ceilings;
+      const bytes = Math.min(wantedBytes, ...ceilings.map(({ burstBytes }) => burstBytes));
       // Not chunk by chunk as the last one comes in: a call should be worth its way.
       if (this.#prefetchBytesUnderWay > 0 && this.#prefetchBytesUnderWay > (bytes * 3) / 4) return;
-      const waitMs = this.#ceiling.waitMs(performance.now());
+      const nowMs = performance.now();
+      const waitMs = Math.max(...ceilings.map((ceiling) => ceiling.waitMs(nowMs)));
       if (waitMs > 0) {
         this.#timer ??= setTimeout(() => {
           this.#timer = undefined;
@@ -232,7 +258,7 @@ export class Fetcher {
     this.#prefetchBytesUnderWay += bytes;
     let left = bytes;
     await this.#call(batch, 'prefetch', ({ ref }, storedBytes) => {
-      this.#ceiling.spend(storedBytes, performance.now());
+      for (const ceiling of this.#ceilings) ceiling.spend(storedBytes, performance.now());
       left -= weightOf(ref);
       this.#prefetchBytesUnderWay -= weightOf(ref);
       if (this.#prefetch.size > 0) this.#schedule();
@@ -283,7 +309,7 @@ export class Fetcher {
   }
 
   #receive(wanted: Wanted, chunk: StoredChunk): void {
-    if (wanted.priority === 'prefetch' && wanted.ref.plainBytes > DECODED_HERE_BYTES_MAX) {
+    if (wanted.priority === 'prefetch') {
       this.#decoder.decode(chunk, wanted.ref).then(
         (plain) => this.#arrived(wanted, chunk, plain),
         (error: unknown) => this.#undecoded(wanted, chunk, error),

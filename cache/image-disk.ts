@@ -5,7 +5,7 @@
 import { closeSync, constants, fstatSync, openSync } from 'node:fs';
 import { isAllZero } from '../src/core/bytes.ts';
 import { chunkHash } from '../src/core/chunk-hash.ts';
-import { DirectFile, pwriteExact } from '../src/core/direct-io.ts';
+import { DirectFile } from '../src/core/direct-io.ts';
 import type { DirectMap } from '../src/core/image.ts';
 import { KIB } from '../src/core/limits.ts';
 import { punchHole } from '../src/core/linux.ts';
@@ -13,6 +13,7 @@ import { chunkCountOf, chunkLengthOf } from '../src/core/manifest.ts';
 import type { Usage } from '../src/core/usage.ts';
 import type { ChunkStates } from './chunk-states.ts';
 import { Commits } from './commits.ts';
+import { GatheredWrites } from './gathered-writes.ts';
 import {
   closeFiles,
   createFiles,
@@ -28,8 +29,8 @@ import {
 import type { ImageFiles, ImageShape } from './map-file.ts';
 import type { Space } from './space.ts';
 
-/** 20 µs of copying. */
-const WRITTEN_NOW_BYTES_MAX = 32 * KIB;
+/** What is no larger costs less to write than to bring to the thread pool. */
+const GATHERED_BYTES_MAX = 32 * KIB;
 /** A chunk takes whole blocks of the file system. */
 const DISK_BLOCK_BYTES = 4096;
 
@@ -48,6 +49,7 @@ export class ImageDisk {
   readonly #context: DiskContext;
   #files: ImageFiles | undefined;
   #commits: Commits | undefined;
+  #gathered: GatheredWrites | undefined;
   #direct: DirectMap | undefined;
   #directFile: DirectFile | undefined;
   #readOnlyFd: number | undefined;
@@ -114,6 +116,7 @@ export class ImageDisk {
 
   #use(files: ImageFiles, filesAreNew: boolean): void {
     this.#files = files;
+    this.#gathered = new GatheredWrites(files.dataFd);
     this.#commits = new Commits({
       folder: this.folder,
       files,
@@ -183,23 +186,15 @@ export class ImageDisk {
     const { dataFd } = this.#files!;
     const failuresBefore = commits.syncFailures;
     const start = index * this.#shape.chunkBytes;
-    if (copyTo || !this.#writeNow(plain, start)) {
-      if (!(await copyTo?.(dataFd, start))) await writeFull(dataFd, plain, start);
+    if (!(await copyTo?.(dataFd, start))) {
+      if (plain.length <= GATHERED_BYTES_MAX) await this.#gathered!.write(plain, start);
+      else await writeFull(dataFd, plain, start);
     }
     if (failuresBefore !== commits.syncFailures) return false;
     const record = chunkHash(plain);
     this.#states.expect(index, record);
     written();
     commits.add(index, record, plain.length);
-    return true;
-  }
-
-  /** A small chunk, written without going to the thread pool: memory in 4 KiB pages comes in thousands of them, and the
-   * way there and back costs ten times the copy. Not while a sync is under way, and not much between two, so that the
-   * disk has no reason to let the caller wait. True when it is written. Throws what the disk says. */
-  #writeNow(plain: Buffer, start: number): boolean {
-    if (plain.length > WRITTEN_NOW_BYTES_MAX || !this.#commits!.mayWriteNow) return false;
-    pwriteExact(this.#files!.dataFd, plain, plain.length, start);
     return true;
   }
 

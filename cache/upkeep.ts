@@ -2,10 +2,11 @@
  * What an operator asks of a cache: warm, pin, unpin, evict, scrub; and the starts of machines, whose profiles are
  * replayed and recorded. Long work reports progress and can be cancelled.
  */
+import { setTimeout as sleep } from 'node:timers/promises';
 import type { ByteRange, Digest } from '../src/core/bytes.ts';
 import { GridError } from '../src/core/errors.ts';
 import { chunkCountOf, chunkLengthOf } from '../src/core/manifest.ts';
-import { inOrder, mergeProfiles } from '../src/core/profile.ts';
+import { inOrder, LATE_RANK, mergeProfiles } from '../src/core/profile.ts';
 import type { Profile, Purpose } from '../src/core/profile.ts';
 import type { ImageFile } from './image-file.ts';
 import type { Pins } from './pins.ts';
@@ -21,6 +22,15 @@ const WARM_RANK = 1000;
 const SCRUB_CHUNKS = 4;
 /** Starts that a host records of one image: each costs passthrough, and later ones add next to nothing. */
 const RECORDINGS_MAX = 3;
+
+/** A guest that has not answered by then, counted from when all that it needed is here, is not waited for. */
+const LATE_WAIT_MS = 1000;
+
+export interface ReplayOptions extends PrefetchOptions {
+  /** What earlier starts touched late is fetched when this resolves. It costs the processors of a start as much as what
+   * its guest waits for; on a fast link they are what it waits for. */
+  readonly lateAfter?: Promise<void>;
+}
 
 export interface UpkeepContext {
   readonly space: Space;
@@ -213,23 +223,31 @@ export class Upkeep {
    * Fetches what earlier starts touched, early set first. Resolves to the number of chunks fetched when all is here;
    * 0 without a profile. Throws closed when cancelled, no-space, and what a fetch throws.
    */
-  async prefetchProfile(manifest: Digest, purpose: Purpose, options: PrefetchOptions = {}): Promise<number> {
+  async prefetchProfile(manifest: Digest, purpose: Purpose, options: ReplayOptions = {}): Promise<number> {
     const { hold, profiles, space } = this.#context;
     const holding = hold(manifest);
     const remote = this.#askedWhileOpening(holding, manifest, purpose);
     const { file, release } = await holding;
     try {
       const done = new Set<number>();
-      const replay = async (profile: Profile | undefined): Promise<number> => {
-        const more = profile ? inOrder(profile).filter(({ index }) => !done.has(index)) : [];
-        for (const { index } of more) done.add(index);
-        const ranks = new Map(more.map(({ index, rank }) => [index, rank]));
-        const rankOf = (index: number) => ranks.get(index)!;
-        return prefetchChunks(file, space, [...ranks.keys()], { ...options, rankOf });
+      const ranks = new Map<number, number>();
+      const rankOf = (index: number) => ranks.get(index)!;
+      const replay = (chosen: (rank: number) => boolean) => {
+        const more = [...ranks.keys()].filter((index) => !done.has(index) && chosen(rankOf(index)));
+        for (const index of more) done.add(index);
+        return prefetchChunks(file, space, more, { ...options, rankOf });
+      };
+      const replayEarly = async (profile: Profile | undefined) => {
+        for (const { index, rank } of profile ? inOrder(profile) : [])
+          if (!ranks.has(index)) ranks.set(index, rank);
+        return replay((rank) => rank < LATE_RANK);
       };
       // What is known here does not wait for the origin's answer.
-      const fetched = await replay(profiles.local(manifest, purpose, chunkCountOf(file.manifest)));
-      return fetched + (await replay(await remote));
+      let fetched = await replayEarly(profiles.local(manifest, purpose, chunkCountOf(file.manifest)));
+      fetched += await replayEarly(await remote);
+      if (options.lateAfter && done.size < ranks.size)
+        await Promise.race([options.lateAfter, sleep(LATE_WAIT_MS, undefined, { ref: false })]);
+      return fetched + (await replay(() => true));
     } finally {
       release();
     }

@@ -9,7 +9,6 @@ import type { ByteRange, Digest } from '../core/bytes.ts';
 import { GridError } from '../core/errors.ts';
 import type { Profile, Purpose } from '../core/profile.ts';
 import { readPagesAhead } from './pages-ahead.ts';
-import type { PagesAhead } from './pages-ahead.ts';
 import type { Vm } from './vm-record.ts';
 
 /** A start is over this long after it began at the latest … */
@@ -43,13 +42,15 @@ export interface StartCache {
   prefetchProfile(
     manifest: Digest,
     purpose: Purpose,
-    options: { here?: (range: ByteRange) => void },
+    options: { here?: (range: ByteRange) => void; lateAfter?: Promise<void> },
   ): Promise<number>;
   startRecording(
     manifest: Digest,
     purpose: Purpose,
   ): { goesOn(): void; answered(): void; finish(): Promise<Profile | undefined> };
   presentRanges(manifest: Digest): Promise<ByteRange[]>;
+  /** A machine is being started, until what is returned is called. */
+  starting(): () => void;
 }
 
 /** `profiles`: whether starts are recorded, and what earlier ones touched is fetched ahead. */
@@ -58,29 +59,48 @@ export function createStarts(cache: StartCache, profiles: boolean, log: (line: s
     if (error instanceof GridError && error.code === 'closed') return;
     log(`${what} of ${manifest.slice(0, 12)}: ${error instanceof Error ? error.message : String(error)}`);
   };
-  const replay = async (manifest: Digest, purpose: Purpose, pages: PagesAhead | undefined) => {
-    const chunks = await cache.prefetchProfile(manifest, purpose, pages ? { here: pages.here } : {});
+  const replay = async (
+    manifest: Digest,
+    purpose: Purpose,
+    options: Parameters<StartCache['prefetchProfile']>[2],
+  ) => {
+    const chunks = await cache.prefetchProfile(manifest, purpose, options);
     if (chunks > 0) log(`profile '${purpose}' of ${manifest.slice(0, 12)}: ${chunks} chunks fetched ahead`);
   };
   return {
     begin(manifests, purpose, memory) {
+      const isMade = cache.starting();
       const pages = memory === undefined ? undefined : readPagesAhead(memory.file);
+      /** A resumed guest has answered, or there is nobody to wait for. */
+      const done = Promise.withResolvers<void>();
       const recordings = profiles ? manifests.map((one) => cache.startRecording(one, purpose)) : [];
       for (const manifest of manifests) {
         const mine = manifest === memory?.image ? pages : undefined;
         let work: Promise<void> | undefined;
-        if (profiles) work = replay(manifest, purpose, mine);
+        const options = {
+          ...(mine ? { here: mine.here } : {}),
+          ...(memory ? { lateAfter: done.promise } : {}),
+        };
+        if (profiles) work = replay(manifest, purpose, options);
         else if (mine) work = cache.presentRanges(manifest).then((ranges) => ranges.forEach(mine.here));
         void work?.catch(failed('replay of the profile', manifest)).finally(() => mine?.finish());
       }
       const ended = () => {
+        isMade();
+        done.resolve();
         for (const [at, recording] of recordings.splice(0).entries()) {
           recording.finish().catch(failed('recording', manifests[at]!));
         }
       };
       return {
-        goesOn: () => recordings.forEach((recording) => recording.goesOn()),
-        answered: () => recordings.forEach((recording) => recording.answered()),
+        goesOn() {
+          isMade();
+          for (const recording of recordings) recording.goesOn();
+        },
+        answered() {
+          done.resolve();
+          for (const recording of recordings) recording.answered();
+        },
         ended,
         gone() {
           ended();

@@ -1,24 +1,38 @@
-/** The body of a decoder's thread (see decoder.ts): one chunk in, one answer out. */
+/** The body of a decoder's thread (see decoder.ts): some chunks in, one answer for all of them out. */
 import { parentPort } from 'node:worker_threads';
 import { decodeChunk } from './chunk.ts';
-import { KIB } from './limits.ts';
-import type { DecodeAnswer, DecodeRequest } from './decoder.ts';
+import { GATHERED_BYTES_MAX } from './decoder.ts';
+import type { DecodeAnswer, DecodeItem, DecodeRequest } from './decoder.ts';
 
-/** Buffer.poolSize of any Node, and more. */
-const POOLED_BYTES_MAX = 64 * KIB;
-
-parentPort?.on('message', ({ chunk, ref }: DecodeRequest) => {
-  let answer: DecodeAnswer;
-  let moved: ArrayBuffer[] = [];
-  try {
-    const plain = decodeChunk(chunk, ref);
-    // Small ones may share a pool, which cannot be given away.
-    const own = plain.length < POOLED_BYTES_MAX ? new Uint8Array(plain) : plain;
-    answer = own;
-    moved = [own.buffer as ArrayBuffer];
-  } catch (error) {
-    answer = error instanceof Error ? error.message : String(error);
+function answerTo({ stored, items }: DecodeRequest): DecodeAnswer & { plain: Uint8Array<ArrayBuffer> } {
+  const decode = ({ encoding, start, end, ref }: DecodeItem) =>
+    decodeChunk({ encoding, bytes: stored.subarray(start, end) }, ref);
+  const reasonOf = (error: unknown) => (error instanceof Error ? error.message : String(error));
+  const [first] = items;
+  if (first && first.ref.plainBytes > GATHERED_BYTES_MAX) {
+    try {
+      const plain = decode(first) as Uint8Array<ArrayBuffer>;
+      return { plain, items: [{ start: 0, end: plain.length }] };
+    } catch (error) {
+      return { plain: new Uint8Array(), items: [reasonOf(error)] };
+    }
   }
+  // Small ones may share a pool, which cannot be given away.
+  const plain = new Uint8Array(items.reduce((sum, { ref }) => sum + ref.plainBytes, 0));
+  let at = 0;
+  const places = items.map((item) => {
+    try {
+      plain.set(decode(item), at);
+      return { start: at, end: (at += item.ref.plainBytes) };
+    } catch (error) {
+      return reasonOf(error);
+    }
+  });
+  return { plain, items: places };
+}
+
+parentPort?.on('message', (request: DecodeRequest) => {
+  const answer = answerTo(request);
   // oxlint-disable-next-line unicorn/require-post-message-target-origin -- a thread, not a browser window
-  parentPort?.postMessage(answer, moved);
+  parentPort?.postMessage(answer, [answer.plain.buffer]);
 });

@@ -159,18 +159,26 @@ export function parseProfile(
   return { ...profile, steps };
 }
 
+/** Of ranks: what is late has no lower one. */
+export const LATE_RANK = STEPS_MAX + 1;
+
 /** All that it names, each with its rank: the lower comes first, also before other images of the same start. */
 export function inOrder({ steps, early, late }: Profile): { index: number; rank: number }[] {
   const ranked = (otherwise: number) => (index: number) => ({ index, rank: steps?.get(index) ?? otherwise });
   // What an earlier recording knew only as early comes with the first of those that have steps.
-  const all = [...early.map(ranked(steps ? STEPS_MAX : 1)), ...late.map(ranked(STEPS_MAX + 1))];
+  const all = [
+    ...early.map(ranked(steps ? STEPS_MAX : 1)),
+    ...late.map((index) => ({ index, rank: LATE_RANK + (steps?.get(index) ?? STEPS_MAX) })),
+  ];
   return all.toSorted((a, b) => a.rank - b.rank);
 }
 
-/** The union of two recordings; a chunk that either has early is early. Steps are those of the first recording that has
- * any: in a later one, much is here before it is asked for. */
+/** The union of two recordings. Steps are those of the first that has any, and what it knows keeps its class: in a later
+ * one, much is here before it is asked for, or is read ahead of the guest. Else a chunk that either has early is early. */
 export function mergeProfiles(a: Profile, b: Profile): Profile {
-  const early = new Set([...a.early, ...b.early]);
+  const [first, second] = a.steps !== undefined || b.steps === undefined ? [a, b] : [b, a];
+  const isLate = new Set(first.steps === undefined ? [] : first.late);
+  const early = new Set([...first.early, ...second.early.filter((index) => !isLate.has(index))]);
   const late = new Set([...a.late, ...b.late].filter((index) => !early.has(index)));
   const steps = a.steps ?? b.steps;
   return {

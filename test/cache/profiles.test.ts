@@ -196,6 +196,27 @@ test('what a start touches comes before what is warmed, whoever asked first', as
   assert.ok(Math.max(...places) < order.length / 2, `asked for as ${places.join()} of ${order.length}`);
 });
 
+// Fails without `lateAfter` in upkeep.ts.
+test('what earlier starts touched late is fetched when the guest has answered', async () => {
+  const early = indexes.slice(10, 40);
+  const late = indexes.slice(60, 100);
+  const bytes = encodeProfile({ manifest: fixture.digest, purpose: 'resume', runs: 1, early, late });
+  const { source } = withProfiles(await harness.source(), bytes);
+  const cache = await harness.open({ folder: harness.fresh(), source });
+  const answered = Promise.withResolvers<void>();
+  const here: number[] = [];
+  const work = cache.prefetchProfile(fixture.digest, 'resume', {
+    lateAfter: answered.promise,
+    here: ({ startBytes }) => here.push(startBytes / fixture.table.chunkBytes),
+  });
+  for (let at = 0; at < 500 && here.length < early.length; at++) await pause(2);
+  await pause(100);
+  assert.deepEqual(new Set(here), new Set(early));
+  answered.resolve();
+  assert.equal(await work, early.length + late.length);
+  assert.deepEqual(new Set(here), new Set([...early, ...late]));
+});
+
 test('a recording ends where a second reader begins', async () => {
   const cache = await harness.open({ folder: harness.fresh(), source: await harness.source() });
   const recording = cache.startRecording(fixture.digest, 'boot');

@@ -66,7 +66,7 @@ test('an order that does not fit the chunks is refused', () => {
   for (const order of bad) assert.throws(() => parseProfile(json(order), EXPECTED), hasCode('bad-format'));
 });
 
-test('the lowest step comes first, then what has none, then what is late', () => {
+test('the lowest step comes first, then what has none, then what is late, by step too', () => {
   const ranked = inOrder(
     profile(
       [1, 2, 3],
@@ -80,7 +80,7 @@ test('the lowest step comes first, then what has none, then what is late', () =>
   );
   assert.deepEqual(
     ranked.map(({ index }) => index),
-    [3, 1, 5, 2, 4],
+    [3, 1, 2, 5, 4],
   );
   const unordered = inOrder(profile([8, 9], [7]));
   assert.deepEqual(
@@ -91,7 +91,7 @@ test('the lowest step comes first, then what has none, then what is late', () =>
   assert.ok(unordered[0]!.rank > ranked[0]!.rank);
 });
 
-test('merged profiles keep the steps of the first recording that has any', () => {
+test('merged profiles keep the steps and the classes of the first recording that has steps', () => {
   const first = profile([1], [2], [[1, 3]]);
   const second = profile(
     [2, 6],
@@ -105,8 +105,10 @@ test('merged profiles keep the steps of the first recording that has any', () =>
   assert.deepEqual(mergeProfiles(first, second), {
     ...first,
     runs: 2,
-    early: [1, 2, 6],
-    late: [],
+    early: [1, 6],
+    late: [2],
   });
-  assert.deepEqual(mergeProfiles(profile([4], []), first).steps, first.steps);
+  const plain = profile([2, 4], [1]);
+  assert.deepEqual(mergeProfiles(plain, first), { ...first, runs: 2, early: [1, 4], late: [2] });
+  assert.deepEqual(mergeProfiles(plain, profile([3], [2])), { ...plain, runs: 2, early: [2, 3, 4] });
 });
