@@ -72,7 +72,7 @@ function options() {
   return {
     guest,
     emulator,
-    runs: count('runs', quick ? 5 : 7),
+    runs: count('runs', quick ? 5 : 13),
     coldRuns: count('cold-runs', quick ? 1 : 3),
     links: [parseLink('lan', values.lan), parseLink('wan', values.wan)],
     asked: { lan: values.lan, wan: values.wan },

@@ -66,3 +66,25 @@ export function decodeChunk(stored: StoredChunk, ref: ChunkRef): Buffer {
   }
   return plain;
 }
+
+/**
+ * Plain bytes of neighbouring zstd chunks, one after the other: frames that follow each other are one stream to zstd (RFC
+ * 8878, 3), and to begin a stream costs as much as to decompress 16 KiB. Undefined when anything is wrong with any of
+ * them: `decodeChunk` says with which, and what.
+ */
+export function decodeTogether(stored: Uint8Array, refs: readonly ChunkRef[]): Buffer | undefined {
+  const plainBytes = refs.reduce((sum, ref) => sum + ref.plainBytes, 0);
+  let plain: Buffer;
+  try {
+    plain = zstdDecompressSync(stored, {
+      maxOutputLength: plainBytes,
+      chunkSize: Math.max(64, plainBytes + 1),
+    });
+  } catch {
+    return undefined;
+  }
+  if (plain.length !== plainBytes) return undefined;
+  let at = 0;
+  const areRight = refs.every((ref) => sha256(plain.subarray(at, (at += ref.plainBytes))) === ref.digest);
+  return areRight ? plain : undefined;
+}

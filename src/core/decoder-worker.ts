@@ -1,6 +1,6 @@
 /** The body of a decoder's thread (see decoder.ts): some chunks in, one answer for all of them out. */
 import { parentPort } from 'node:worker_threads';
-import { decodeChunk } from './chunk.ts';
+import { decodeChunk, decodeTogether } from './chunk.ts';
 import { GATHERED_BYTES_MAX } from './decoder.ts';
 import type { DecodeAnswer, DecodeItem, DecodeRequest } from './decoder.ts';
 
@@ -17,7 +17,17 @@ function answerTo({ stored, items }: DecodeRequest): DecodeAnswer & { plain: Uin
       return { plain: new Uint8Array(), items: [reasonOf(error)] };
     }
   }
-  // Small ones may share a pool, which cannot be given away.
+  const together = items.every(({ encoding }) => encoding === 'zstd')
+    ? decodeTogether(
+        stored,
+        items.map(({ ref }) => ref),
+      )
+    : undefined;
+  if (together) {
+    let at = 0;
+    const places = items.map(({ ref }) => ({ start: at, end: (at += ref.plainBytes) }));
+    return { plain: ownOf(together), items: places };
+  }
   const plain = new Uint8Array(items.reduce((sum, { ref }) => sum + ref.plainBytes, 0));
   let at = 0;
   const places = items.map((item) => {
@@ -29,6 +39,11 @@ function answerTo({ stored, items }: DecodeRequest): DecodeAnswer & { plain: Uin
     }
   });
   return { plain, items: places };
+}
+
+/** The bytes in a buffer that can be given away: small ones may share a pool. */
+function ownOf(bytes: Buffer): Uint8Array<ArrayBuffer> {
+  return bytes.length > GATHERED_BYTES_MAX ? (bytes as Uint8Array<ArrayBuffer>) : new Uint8Array(bytes);
 }
 
 parentPort?.on('message', (request: DecodeRequest) => {

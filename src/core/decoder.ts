@@ -1,8 +1,8 @@
 /**
  * Decoding chunks in a thread of its own, for whole images and profiles on their way in: to decompress and hash
- * 256 KiB takes half a millisecond, in which the main thread can read the tunnel and serve others (a whole image over ssh without a link limit, server and
- * client on two processors: 155 MB/s of image instead of 92). A chunk that somebody waits for is decoded where it is:
- * two messages would only delay it.
+ * 256 KiB takes half a millisecond, in which the main thread can read the tunnel and serve others (a whole image over ssh
+ * without a link limit, server and client on two processors: 155 MB/s of image instead of 92). A chunk that somebody
+ * waits for is decoded where it is: two messages would only delay it.
  *
  * Small chunks that come in one turn of the event loop go there as one message, and come back as one: a message costs as
  * much as a chunk of 16 KiB, and memory images have thousands of those.
