@@ -17,7 +17,7 @@ import type { FastifyInstance, FastifyReply } from 'fastify';
 import { compress } from '../src/core/chunk.ts';
 import type { ChunkRef, StoredChunk } from '../src/core/chunk.ts';
 import { GridError, asGridError } from '../src/core/errors.ts';
-import { CHUNK_BYTES_MAX, MIB, PROFILE_BYTES_MAX } from '../src/core/limits.ts';
+import { CHUNK_BYTES_MAX, KIB, MIB, PROFILE_BYTES_MAX } from '../src/core/limits.ts';
 import { encodeTags } from '../src/core/manifest.ts';
 import type { ChunkSource, Priority } from '../src/core/source.ts';
 import {
@@ -45,6 +45,8 @@ import { uploadRoutes } from './upload-routes.ts';
 
 /** Plain bytes of one part of a batch: 16 chunks of the default size keep a disk or a link behind us busy. */
 const PART_BYTES = 4 * MIB;
+/** Of a batch, held back for the end of a turn of the event loop. */
+const HELD_BYTES_MAX = 128 * KIB;
 /** Parts under way at once: while one is being sent the next is being read. */
 const PARTS_MAX = 2;
 /** Connections of one listener; each may hold two parts. */
@@ -381,17 +383,29 @@ async function sendBatch(
   response.on('error', () => {}); // 'close' says what matters
   const parts = new Set<Promise<void>>();
   const outcome: { failure?: GridError } = {};
+  // What comes in one turn of the event loop goes out together, the last of it with the end: on a tunnel each write is
+  // a packet of its own to seal and to open, and small chunks come in dozens.
+  let heldBytes = 0;
+  const letGo = () => {
+    if (heldBytes === 0) return;
+    heldBytes = 0;
+    response.uncork();
+  };
   const send = (index: number, chunk: StoredChunk) => {
     if (response.destroyed) return;
     if (!response.headersSent) {
       response.writeHead(200, { 'content-type': BATCH_TYPE, 'cache-control': 'no-store' });
     }
-    response.cork();
+    if (heldBytes === 0) {
+      response.cork();
+      setImmediate(letGo);
+    }
     response.write(encodeChunkHeader(index, chunk));
     response.write(chunk.bytes);
-    response.uncork();
     sent.chunks++;
     sent.bytes += chunk.bytes.length;
+    heldBytes += chunk.bytes.length;
+    if (heldBytes >= HELD_BYTES_MAX) letGo();
   };
   let next = 0;
   while (next < refs.length && !outcome.failure && !signal.aborted) {
@@ -411,9 +425,10 @@ async function sendBatch(
     const tracked = part.finally(() => parts.delete(tracked));
     parts.add(tracked);
     while (parts.size >= PARTS_MAX || (next === refs.length && parts.size > 0)) await Promise.race(parts);
-    if (response.writableNeedDrain && !signal.aborted) await drained(response);
+    if (response.socket?.writableNeedDrain && !signal.aborted) await drained(response.socket);
   }
   await Promise.all(parts);
+  heldBytes = 0; // `end` lets it go
   let { failure } = outcome;
   if (!failure && signal.aborted) failure = new GridError('closed', 'the batch was cut short');
   if (response.destroyed) return failure;
@@ -426,15 +441,16 @@ async function sendBatch(
   return failure;
 }
 
-function drained(response: ServerResponse): Promise<void> {
+/** Not of the response: what is held back may be more than it likes to have, and less than the socket takes at once. */
+function drained(socket: net.Socket): Promise<void> {
   return new Promise((resolve) => {
     const go = () => {
-      response.off('drain', go);
-      response.off('close', go);
+      socket.off('drain', go);
+      socket.off('close', go);
       resolve();
     };
-    response.once('drain', go);
-    response.once('close', go);
+    socket.once('drain', go);
+    socket.once('close', go);
   });
 }
 

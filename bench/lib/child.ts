@@ -6,10 +6,12 @@ import { createInterface } from 'node:readline';
 
 const ROOT = path.resolve(import.meta.dirname, '..', '..');
 
-/** Runs a verb of gridvfs to its end and gives its JSON; throws with its last words when it fails. */
+/** Runs a verb of gridvfs to its end and gives its JSON; throws with its last words when it fails. In a process group of
+ * its own: a second Ctrl-C must not end the unmounting that the first began. */
 export async function gridvfs<T>(args: readonly string[], signal?: AbortSignal): Promise<T> {
   const child = spawn(process.execPath, [path.join(ROOT, 'src', 'main.ts'), ...args], {
     stdio: ['ignore', 'pipe', 'pipe'],
+    detached: true,
     ...(signal === undefined ? {} : { signal, killSignal: 'SIGTERM' }),
   });
   let output = '';

@@ -153,6 +153,11 @@ export function abortOnSignals(): AbortSignal {
 
 /** The end of a bench that failed: one line, and exit code 2 for a mistake in the options. */
 export function failed(verb: string, error: unknown): void {
+  if (error instanceof SuppressedError) {
+    failed(verb, error.suppressed);
+    failed(`${verb}: cleaning up`, error.error);
+    return;
+  }
   const usage = error instanceof RangeError || errnoOf(error)?.startsWith('ERR_PARSE_ARGS') === true;
   const { message, code } = asGridError(error, verb, usage ? 'bad-request' : 'local-io');
   say(`gridvfs: ${message} [${code}]`);
