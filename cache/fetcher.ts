@@ -31,11 +31,12 @@ const PREFETCH_CHUNKS_MAX = 32;
 /**
  * While a machine is being started, prefetch goes no faster than this. At full speed it takes all of the main thread, in
  * which the steps of the start then stand behind it: on a link of 1 Gbit/s a QEMU was begun after 0.4 s instead of 0.1.
- * It is what a link of 100 Mbit/s carries, so longer ways lose nothing.
+ * It is what a link of 100 Mbit/s carries.
  */
 const STARTING_BYTES_PER_SECOND = 12 * MIB;
-/** More than is under way on such a link of 30 ms. */
 const STARTING_BURST_SECONDS = 0.04;
+/** Of what such a link has under way in a round trip, so much at once: some of it waits at either end. */
+const STARTING_ROUND_TRIPS = 1.3;
 /** Stored bytes of prefetch under way at a source that cannot say how many it wants. */
 const PREFETCH_BYTES = 1 * MIB;
 
@@ -172,6 +173,15 @@ export class Fetcher {
     return this.#starting > 0 ? [this.#ceiling, this.#startingCeiling] : [this.#ceiling];
   }
 
+  /** Stored bytes of prefetch that may be under way. */
+  #bytesAtOnce(): number {
+    const way = this.#source.way?.();
+    const bytes = Math.min(way?.prefetchBytes ?? PREFETCH_BYTES, this.#ceiling.burstBytes);
+    if (this.#starting === 0) return bytes;
+    const seconds = (STARTING_ROUND_TRIPS * (way?.roundTripMs ?? 0)) / 1000;
+    return Math.min(bytes, STARTING_BYTES_PER_SECOND * Math.max(STARTING_BURST_SECONDS, seconds));
+  }
+
   /** Stored bytes of prefetch that are queued or under way. */
   get prefetchBytes(): number {
     let bytes = this.#prefetchBytesUnderWay;
@@ -212,13 +222,11 @@ export class Fetcher {
       });
     }
     while (this.#prefetch.size > 0) {
-      const wantedBytes = this.#source.way?.()?.prefetchBytes ?? PREFETCH_BYTES;
-      const ceilings = this.#ceilings;
-      const bytes = Math.min(wantedBytes, ...ceilings.map(({ burstBytes }) => burstBytes));
+      const bytes = this.#bytesAtOnce();
       // Not chunk by chunk as the last one comes in: a call should be worth its way.
       if (this.#prefetchBytesUnderWay > 0 && this.#prefetchBytesUnderWay > (bytes * 3) / 4) return;
       const nowMs = performance.now();
-      const waitMs = Math.max(...ceilings.map((ceiling) => ceiling.waitMs(nowMs)));
+      const waitMs = Math.max(...this.#ceilings.map((ceiling) => ceiling.waitMs(nowMs)));
       if (waitMs > 0) {
         this.#timer ??= setTimeout(() => {
           this.#timer = undefined;

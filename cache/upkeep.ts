@@ -228,6 +228,8 @@ export class Upkeep {
     const holding = hold(manifest);
     const remote = this.#askedWhileOpening(holding, manifest, purpose);
     const { file, release } = await holding;
+    // Also while what is late waits: chunks around a miss would come before it, and beside what the guest waits for.
+    const resume = file.readAround.pause();
     try {
       const done = new Set<number>();
       const ranks = new Map<number, number>();
@@ -249,6 +251,7 @@ export class Upkeep {
         await Promise.race([options.lateAfter, sleep(LATE_WAIT_MS, undefined, { ref: false })]);
       return fetched + (await replay(() => true));
     } finally {
+      resume();
       release();
     }
   }

@@ -40,20 +40,22 @@ export class DiskAhead {
   readonly #states: Uint8Array;
   readonly #met: Uint8Array;
   readonly #touched: Uint8Array;
+  readonly #hashes: BigUint64Array | undefined;
   /** Undefined where nothing is known of earlier reads. */
   readonly #notes: Uint8Array | undefined;
   /** The unit that a reader came to first and that nobody had asked for; -1 for none. */
   #first = -1;
   #span: number;
-  /** Units still to be asked for, and where to look for the next. */
+  /** Units still to be asked for, behind which, and how far behind it to look for the next. */
   #left = 0;
-  #next = 0;
+  #from = 0;
+  #step = 0;
   readonly #slack: number;
   #asked = 0;
   #used = 0;
 
   constructor(
-    base: Pick<DirectBase, 'fd' | 'unitBytes' | 'states' | 'touched' | 'notes'>,
+    base: Pick<DirectBase, 'fd' | 'unitBytes' | 'states' | 'touched' | 'notes' | 'hashes'>,
     met: SharedArrayBuffer,
   ) {
     this.#fd = base.fd;
@@ -61,6 +63,7 @@ export class DiskAhead {
     this.#states = new Uint8Array(base.states);
     this.#met = new Uint8Array(met);
     this.#touched = new Uint8Array(base.touched);
+    if (base.hashes) this.#hashes = new BigUint64Array(base.hashes);
     const notes = base.notes && new Uint8Array(base.notes);
     if (notes && (this.#touched.includes(1) || notes.some(wasRead))) this.#notes = notes;
     ({ span: this.#span, slack: this.#slack } = this.#notes ? KNOWN : GUESSED);
@@ -83,7 +86,8 @@ export class DiskAhead {
       const isWorthIt = USED_SHARE * this.#used >= this.#asked - this.#slack;
       this.#span = isWorthIt ? Math.min(2 * this.#span, SPAN_MAX) : 1;
       this.#left = isWorthIt ? this.#span : 0;
-      this.#next = first + 1;
+      this.#from = first;
+      this.#step = 1;
       this.#wish(first);
     }
     if (this.#left > 0) this.#askNext();
@@ -91,14 +95,14 @@ export class DiskAhead {
 
   #askNext(): void {
     const count = this.#states.length;
-    for (let step = 0; step < Math.min(REACH, count - 1); step++) {
-      const unit = (this.#next + step) % count;
+    for (; this.#step <= Math.min(REACH, count - 1); this.#step++) {
+      const unit = (this.#from + this.#step) % count;
       if (this.#met[unit] !== NOT_MET || this.#states[unit] !== UNIT_PRESENT || !this.#isLikely(unit))
         continue;
       this.#met[unit] = AHEAD;
       this.#asked++;
       this.#left--;
-      this.#next = unit + 1;
+      this.#step++;
       this.#wish(unit);
       return;
     }
@@ -106,6 +110,8 @@ export class DiskAhead {
   }
 
   #isLikely(unit: number): boolean {
+    // Of zeros, which nobody has to read, or one that only the main thread knows.
+    if (this.#hashes && this.#hashes[unit] === 0n) return false;
     return !this.#notes || this.#touched[unit] === 1 || wasRead(this.#notes[unit]!);
   }
 

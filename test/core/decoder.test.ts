@@ -34,6 +34,15 @@ test('chunks of all sizes and both encodings come back as they were, and the sto
   }
 });
 
+test('small chunks that come together are decoded together, whatever their sizes make in all', async () => {
+  for (const sizes of [[5, 300, 4 * KIB], Array.from({ length: 40 }, () => 16 * KIB)]) {
+    const plains = sizes.map((size) => randomBytes(size));
+    const all = plains.map((plain) => chunkOf(plain));
+    const decoded = await Promise.all(all.map(({ chunk, ref }) => decoder.decode(chunk, ref)));
+    assert.deepEqual(decoded, plains);
+  }
+});
+
 test('a wrong chunk is corrupt, its neighbours are not', async () => {
   const good = chunkOf(randomBytes(64 * KIB));
   const bomb = { ...chunkOf(Buffer.alloc(1024 * KIB)), ref: good.ref };
@@ -53,10 +62,15 @@ test('when the thread dies, the caller’s decodes what was given to it and what
   const orphaned = new ChunkDecoder();
   const born = once(process, 'worker') as Promise<[Worker]>;
   const { chunk, ref } = chunkOf(randomBytes(256 * KIB));
+  const small = chunkOf(randomBytes(16 * KIB));
   const waiting = Array.from({ length: 50 }, () => orphaned.decode(chunk, ref));
   const [worker] = await born;
-  await worker.terminate();
+  const ended = worker.terminate();
+  // Gathered, and perhaps sent to a thread that does not live to hear of it.
+  const behind = Array.from({ length: 50 }, () => orphaned.decode(small.chunk, small.ref));
+  await ended;
   for (const plain of await Promise.all(waiting)) assert.equal(sha256(plain), ref.digest);
+  for (const plain of await Promise.all(behind)) assert.equal(sha256(plain), small.ref.digest);
   assert.equal(sha256(await orphaned.decode(chunk, ref)), ref.digest);
   await orphaned.close();
 });
@@ -64,8 +78,13 @@ test('when the thread dies, the caller’s decodes what was given to it and what
 test('closed meanwhile: what was not decoded says so', async () => {
   const closing = new ChunkDecoder();
   const { chunk, ref } = chunkOf(randomBytes(256 * KIB));
+  const small = chunkOf(randomBytes(16 * KIB));
   const waiting = Promise.allSettled(Array.from({ length: 50 }, () => closing.decode(chunk, ref)));
+  const gathered = Promise.allSettled(
+    Array.from({ length: 5 }, () => closing.decode(small.chunk, small.ref)),
+  );
   await closing.close();
+  assert.ok((await gathered).every(({ status }) => status === 'rejected'));
   const rejected = (await waiting).filter((one) => one.status === 'rejected');
   assert.ok(rejected.length > 0);
   for (const { reason } of rejected) assert.ok(isCode('closed')(reason));

@@ -4,16 +4,11 @@
  * The kernel sends one INTERRUPT for the first signal of whatever kind. A file's read(2) must not fail with EINTR
  * because a timer or a child's end made a signal, so a call is given up only when its thread is being killed or
  * gone, and that is looked up again and again because a later signal is not announced.
- *
- * Of O_DIRECT reads nothing is announced at all: the kernel sends their pieces side by side (ASYNC_DIO, protocol.ts)
- * and waits for them in a way that no signal ends. So their threads are looked at as long as they wait.
  */
-import { constants as fsConstants } from 'node:fs';
 import { readFile } from 'node:fs/promises';
 import { constants } from 'node:os';
 import { encodeErrorReply, encodeReply, errnoNumberOf, errnoOfContent } from './protocol.ts';
-import { FALLOCATE, FSYNC, IN_HEADER_BYTES, READ, READ_BODY_BYTES } from './protocol.ts';
-import { Refusal, WRITE, writeReplyHeader } from './protocol.ts';
+import { FALLOCATE, FSYNC, READ, Refusal, WRITE, writeReplyHeader } from './protocol.ts';
 import type { Request } from './protocol.ts';
 import { millisecondsSince, OperationTimes, stampMicroseconds } from './operation-times.ts';
 import type { OperationFigures } from '../../core/usage.ts';
@@ -29,13 +24,6 @@ export class Call {
     this.request = request;
     this.stamp = request.stamp || stampMicroseconds();
     this.#reply = reply;
-  }
-
-  /** An O_DIRECT read. Body: u64 fh, u64 offset, u32 size, u32 flags, u64 owner, u32 open flags, u32 0. */
-  get isUnannounced(): boolean {
-    const { opcode, bytes } = this.request;
-    if (opcode !== READ || bytes.length < IN_HEADER_BYTES + READ_BODY_BYTES) return false;
-    return (this.request.u32(32) & fsConstants.O_DIRECT) !== 0;
   }
 
   answer(body: Uint8Array): void {
@@ -80,8 +68,6 @@ export class CallTable {
   readonly #all = new Set<Call>();
   readonly #early = new Set<bigint>();
   readonly #watched = new Set<Call>();
-  /** Those whose end the kernel would not announce. */
-  readonly #unannounced = new Set<Call>();
   readonly #times = new OperationTimes();
   #timer: NodeJS.Timeout | undefined;
   #interrupted = 0;
@@ -102,10 +88,6 @@ export class CallTable {
   add(call: Call, interruptible: boolean): void {
     this.#all.add(call);
     if (!interruptible) return;
-    if (call.isUnannounced) {
-      this.#unannounced.add(call);
-      this.#look(KILL_POLL_MS);
-    }
     const { unique } = call.request;
     this.#interruptible.set(unique, call);
     // Another worker may have been faster with the INTERRUPT than its own with the request.
@@ -117,7 +99,6 @@ export class CallTable {
     this.#times.count(call.request.opcode, millisecondsSince(call.stamp));
     this.#interruptible.delete(call.request.unique);
     this.#watched.delete(call);
-    this.#unannounced.delete(call);
   }
 
   interrupt(unique: bigint): void {
@@ -137,46 +118,37 @@ export class CallTable {
 
   #watch(call: Call): void {
     this.#watched.add(call);
-    this.#look(0);
-  }
-
-  #look(inMs: number): void {
-    this.#timer ??= setTimeout(() => void this.#poll(), inMs);
-    if (inMs > 0) this.#timer.unref();
+    this.#timer ??= setTimeout(() => void this.#poll(), 0);
   }
 
   async #poll(): Promise<void> {
-    for (const call of this.#watched) if (await isBeingKilled(call.request.pid, true)) this.#giveUp(call);
-    // Most of them have not waited for as long as a turn of the timer. Whoever is gone leaves reads to its process.
-    for (const call of this.#unannounced) {
-      if (millisecondsSince(call.stamp) < KILL_POLL_MS) continue;
-      if (await isBeingKilled(call.request.pid, false)) this.#giveUp(call);
+    for (const call of this.#watched) {
+      if (await isBeingKilled(call.request.pid)) {
+        if (!call.answered) this.#interrupted++;
+        call.refuse(new Refusal('EINTR'));
+        this.#watched.delete(call);
+      }
     }
     this.#timer = undefined;
-    if (this.#watched.size + this.#unannounced.size > 0) this.#look(KILL_POLL_MS);
-  }
-
-  #giveUp(call: Call): void {
-    if (!call.answered) this.#interrupted++;
-    call.refuse(new Refusal('EINTR'));
-    this.#watched.delete(call);
-    this.#unannounced.delete(call);
+    if (this.#watched.size > 0) {
+      this.#timer = setTimeout(() => void this.#poll(), KILL_POLL_MS);
+      this.#timer.unref();
+    }
   }
 
   /** No call is answered any more. */
   abandon(): void {
     clearTimeout(this.#timer);
     this.#watched.clear();
-    this.#unannounced.clear();
     for (const call of this.#all) call.answered = true;
   }
 }
 
-/** Whether a thread has a signal pending that will end it; of one that is gone or not ours to see: `unseen`. */
-async function isBeingKilled(pid: number, unseen: boolean): Promise<boolean> {
-  const read = () => readFile(`/proc/${pid}/status`, 'latin1').catch(() => undefined);
-  const status = pid === 0 ? undefined : await read();
-  if (status === undefined) return unseen;
+/** Whether a thread has a signal pending that will end it, is gone, or is not ours to see. */
+async function isBeingKilled(pid: number): Promise<boolean> {
+  if (pid === 0) return true;
+  const status = await readFile(`/proc/${pid}/status`, 'latin1').catch(() => undefined);
+  if (status === undefined) return true;
   const mask = (field: string) => {
     const digits = new RegExp(`^${field}:\\s*([0-9a-f]+)$`, 'm').exec(status)?.[1];
     return BigInt(`0x${digits ?? '0'}`);
