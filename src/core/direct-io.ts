@@ -39,7 +39,7 @@ import { DiskAhead } from './disk-ahead.ts';
 import { noteRange } from './unit-notes.ts';
 import { Usage } from './usage.ts';
 import { GridError } from './errors.ts';
-import { FUSE_REQUEST_BYTES_MAX, LAYER_BLOCK_BYTES } from './limits.ts';
+import { FUSE_REQUEST_BYTES_MAX, LAYER_BLOCK_BYTES, WRITE_PIECE_BYTES } from './limits.ts';
 
 /** Most blocks that one direct write touches: a largest request that starts in the middle of a block. */
 const WRITE_BLOCKS_MAX = FUSE_REQUEST_BYTES_MAX / LAYER_BLOCK_BYTES + 1;
@@ -464,10 +464,14 @@ export function preadExact(
   }
 }
 
-/** pwrite(2) until the first `lengthBytes` of `source` are written. */
+/** pwrite(2) until the first `lengthBytes` of `source` are written, in pieces (WRITE_PIECE_BYTES). */
 export function pwriteExact(fd: number, source: Uint8Array, lengthBytes: number, offsetBytes: number): void {
   let done = 0;
-  while (done < lengthBytes) done += writeSync(fd, source, done, lengthBytes - done, offsetBytes + done);
+  while (done < lengthBytes) {
+    const at = offsetBytes + done;
+    const piece = Math.min(lengthBytes - done, WRITE_PIECE_BYTES - (at % WRITE_PIECE_BYTES));
+    done += writeSync(fd, source, done, piece, at);
+  }
 }
 
 /** pread(2) until `target` is full; what lies beyond the end of the file reads as zeros. */

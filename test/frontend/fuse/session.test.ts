@@ -266,7 +266,7 @@ describe('the session of the kernel driver', () => {
     assert.equal(reply.readUInt32LE(0), 7);
     assert.equal(reply.readUInt32LE(8), 131072);
     assert.equal(reply.readUInt32LE(12) & (1 << 16), 0, 'no write-back cache');
-    assert.equal(reply.readUInt32LE(20), 1 << 18);
+    assert.equal(reply.readUInt32LE(20), 1 << 20);
     assert.equal(reply.readUInt32LE(32), 0, 'nothing of the second flags that was not offered');
     assert.equal(newest.passthrough, false);
     const oldest = encodeInitReply(init(31, 1), 131072).reply;
