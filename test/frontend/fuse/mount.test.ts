@@ -21,6 +21,7 @@ import type { GridError } from '../../../src/core/errors.ts';
 import { QuietPoints } from '../../../src/core/quiet.ts';
 import { DeviceWorkers } from '../../../src/frontend/fuse/device.ts';
 import { cleanDeadMount, describeMount, mountTree } from '../../../src/frontend/fuse/index.ts';
+import { isOnFuse } from '../../../src/vmm/qemu/page-faults.ts';
 import { FileTree } from './file-tree.ts';
 import type { FileSpec } from './file-tree.ts';
 import { LEAVE_OTHERS_MOUNTS } from '../../scenarios/namespace.ts';
@@ -264,6 +265,20 @@ describe('a mount of the kernel driver', () => {
     assert.equal(reader.exitCode, null);
     process.kill(reader.pid!, 'SIGKILL');
     assert.deepEqual(await Promise.race([exit, setTimeout(3000, 'still there')]), [null, 'SIGKILL']);
+    await child.stop();
+  });
+
+  // A daemon that resumes machines from its own mount must not wait for itself: hangs with statfs(2) in isOnFuse.
+  test('whether a file is on it is known without asking it', async () => {
+    const child = await MountChild.start(place, { specs });
+    child.process.kill('SIGSTOP');
+    try {
+      const stuck = isOnFuse(file('images/stuck/1/disk.raw'));
+      assert.equal(await Promise.race([stuck, setTimeout(3000, 'it was asked')]), true);
+      assert.equal(await isOnFuse(path.dirname(place.mountpoint)), false);
+    } finally {
+      child.process.kill('SIGCONT');
+    }
     await child.stop();
   });
 
