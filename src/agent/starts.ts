@@ -69,11 +69,11 @@ export function createStarts(cache: StartCache, profiles: boolean, log: (line: s
   };
   return {
     begin(manifests, purpose, memory) {
-      const isMade = cache.starting();
       const pages = memory === undefined ? undefined : readPagesAhead(memory.file);
       /** A resumed guest has answered, or there is nobody to wait for. */
       const done = Promise.withResolvers<void>();
       const recordings = profiles ? manifests.map((one) => cache.startRecording(one, purpose)) : [];
+      const isMade = cache.starting();
       for (const manifest of manifests) {
         const mine = manifest === memory?.image ? pages : undefined;
         let work: Promise<void> | undefined;

@@ -101,9 +101,11 @@ export function northAndSouth(
       hosts.push(host.connectBy(await Cable.to(running.socket, databases.folder), token));
     }
     const looker = await running.as('looker');
-    await eventually(
-      async () => (await looker.call<unknown[]>('GET', '/v1/images')).length === versions.length,
-    );
+    // By each of them: a host is listed before it has told what it offers, and gets no machine until then.
+    await eventually(async () => {
+      const images = await looker.call<ImageInfo[]>('GET', '/v1/images');
+      return images.length === versions.length && images.every((image) => image.hosts === hosts.length);
+    });
     await eventually(async () => (await looker.call<unknown[]>('GET', '/v1/hosts')).length === hosts.length);
   });
   after(async () => {

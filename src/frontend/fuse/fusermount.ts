@@ -22,7 +22,7 @@ import {
   unmountInBackground,
 } from '../../core/linux.ts';
 import { findMount, findMountSync } from './mountinfo.ts';
-import type { MountEntry } from './mountinfo.ts';
+import type { MountEntry } from '../../core/mountinfo.ts';
 
 const PROGRAM = 'fusermount3';
 /** Its messages are matched, so they must not be translated. */

@@ -7,20 +7,10 @@ import { readdir, readFile, readlink, realpath, statfs } from 'node:fs/promises'
 import path from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { asGridError, errnoOf, GridError } from '../../core/errors.ts';
+import { MOUNTINFO, parseMountinfo } from '../../core/mountinfo.ts';
+import type { MountEntry } from '../../core/mountinfo.ts';
 
 export const MOUNT_TYPE = 'fuse.gridvfs';
-
-export interface MountEntry {
-  /** Unique among the mounts that exist now. */
-  readonly id: number;
-  /** `major:minor`, also the name of the mount's backing device info in /sys/class/bdi. */
-  readonly device: string;
-  readonly mountpoint: string;
-  readonly type: string;
-  /** The `fsName` of `mountTree`. */
-  readonly source: string;
-  readonly readOnly: boolean;
-}
 
 /** The uppermost mount at exactly `mountpoint` (an absolute path without symbolic links), or undefined. */
 export async function findMount(mountpoint: string): Promise<MountEntry | undefined> {
@@ -32,34 +22,8 @@ export function findMountSync(mountpoint: string): MountEntry | undefined {
   return uppermost(mountpoint, readFileSync(MOUNTINFO, 'utf8'));
 }
 
-const MOUNTINFO = '/proc/self/mountinfo';
-
 function uppermost(mountpoint: string, mountinfo: string): MountEntry | undefined {
-  return mountinfo
-    .split('\n')
-    .map(parseLine)
-    .findLast((entry) => entry?.mountpoint === mountpoint);
-}
-
-/** "36 35 98:0 /root /mnt rw,noatime master:1 - ext3 /dev/root rw": proc(5). */
-function parseLine(line: string): MountEntry | undefined {
-  const [front, back] = line.split(' - ');
-  const [id, , device, , mountpoint, options] = front!.split(' ');
-  const [type, source] = (back ?? '').split(' ');
-  if (!id || !device || !mountpoint || !options || !type || source === undefined) return undefined;
-  return {
-    id: Number(id),
-    device,
-    mountpoint: unescape(mountpoint),
-    type,
-    source: unescape(source),
-    readOnly: options.split(',').includes('ro'),
-  };
-}
-
-/** Blank, tab, newline and backslash are octal in the file. */
-function unescape(text: string): string {
-  return text.replace(/\\([0-7]{3})/g, (_, octal: string) => String.fromCharCode(Number.parseInt(octal, 8)));
+  return parseMountinfo(mountinfo).findLast((entry) => entry.mountpoint === mountpoint);
 }
 
 /** Absolute, symbolic links above the last name resolved; the last name may be a dead mount and is left alone. */

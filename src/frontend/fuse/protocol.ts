@@ -87,11 +87,11 @@ const INIT_EXT = 2 ** 30;
 /**
  * What is asked for where the kernel offers it. Not WRITEBACK_CACHE: a write that was acknowledged must be in the
  * layer's files, where it outlives this daemon and its mount; the kernel would acknowledge it from its own page
- * cache. Not ASYNC_DIO, with which a large O_DIRECT write can go to several workers at once (in four pieces 1.6 times as fast): of a
- * write that libaio or io_uring began, the kernel then drops the pages before it is sent and not again when it is done
- * (xfstests generic/451; mended only in 2026), so a buffered reader in between leaves old bytes in pages that we tell it
- * to keep; and it waits for O_DIRECT reads in a way that no signal ends, so a QEMU whose tunnel is dead could not be
- * killed. Without it only libaio's io_submit waits. Not AUTO_INVAL_DATA: content never changes behind the kernel's back.
+ * cache. Not AUTO_INVAL_DATA: content never changes behind the kernel's back. Not ASYNC_DIO, with which a large O_DIRECT
+ * write can go to several workers at once (in four pieces 1.6 times as fast): of a write that libaio or io_uring began,
+ * the kernel then drops the pages before it is sent and not again when it is done (xfstests generic/451), so a buffered
+ * reader in between leaves old bytes in pages that we tell it to keep; and it waits for O_DIRECT reads in a way that no
+ * signal ends, so a QEMU whose tunnel is dead could not be killed. Without it only libaio's io_submit waits.
  */
 const WANTED =
   ASYNC_READ |

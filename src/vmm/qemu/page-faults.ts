@@ -13,6 +13,7 @@
  * perl-base is an essential package of Debian. Where there is none, QEMU starts as it is.
  */
 import { readFile } from 'node:fs/promises';
+import { MOUNTINFO, mountOf, parseMountinfo } from '../../core/mountinfo.ts';
 import { findProgram } from '../program.ts';
 
 /** Of the kernel's headers: prctl and madvise in asm/unistd.h, the architecture in linux/audit.h. */
@@ -42,25 +43,13 @@ export interface CommandLine {
 }
 
 /**
- * Whether somebody has to be asked for what is read of a file: on a disk, 4 MiB at a time are as well. Of two mounts in
- * one place the later counts. Nothing is asked of the file itself (as statfs(2) does): it may be on a mount of this very
- * process, which answers with the help of the threads that would wait for it. Four resumes at once waited for ever.
+ * Whether somebody has to be asked for what is read of a file: on a disk, 4 MiB at a time are as well. Nothing is asked of
+ * the file itself (as statfs(2) does): it may be on a mount of this very process, which answers with the help of the
+ * threads that would wait for it. Four resumes at once waited for ever.
  */
 export async function isOnFuse(file: string): Promise<boolean> {
-  let longest = 0;
-  let type = '';
-  for (const line of (await readFile('/proc/self/mountinfo', 'utf8')).split('\n')) {
-    const [mount, source] = line.split(' - ');
-    const escaped = mount!.split(' ')[4];
-    if (escaped === undefined || source === undefined) continue;
-    const point = escaped.replaceAll(/\\([0-7]{3})/g, (_, digits: string) =>
-      String.fromCodePoint(Number.parseInt(digits, 8)),
-    );
-    if (point.length < longest || !`${file}/`.startsWith(point.endsWith('/') ? point : `${point}/`)) continue;
-    longest = point.length;
-    type = source.split(' ')[0]!;
-  }
-  return /^fuse(\.|$)/.test(type);
+  const mount = mountOf(file, parseMountinfo(await readFile(MOUNTINFO, 'utf8')));
+  return mount !== undefined && /^fuse(\.|$)/.test(mount.type);
 }
 
 /** The same program, as the same process, but for huge pages. */
