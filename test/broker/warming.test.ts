@@ -43,11 +43,16 @@ suite('images that are fetched ahead', () => {
     const [first] = hosts;
     await eventually(() => first!.warmed.length === 1);
     const newer = { ...version('debian', '13'), created: '2026-02-01T00:00:00.000Z' };
-    for (const host of hosts) {
+    // One after the other: whoever tells of it alone is who can fetch it.
+    for (const [index, host] of hosts.entries()) {
       host.versions = [...host.versions, newer];
       host.refresh();
+      await eventually(async () => {
+        const images = await user.call<ImageInfo[]>('GET', '/v1/images');
+        return images.some((image) => image.manifest === newer.manifest && image.hosts === index + 1);
+      });
+      await eventually(() => first!.warmed.length === 2);
     }
-    await eventually(() => first!.warmed.length === 2);
     assert.deepEqual(first!.warmed, ['debian:12', 'debian:13']);
     assert.deepEqual(hosts[1]!.warmed, []);
     const [listed] = await operator.call<ScheduleInfo[]>('GET', '/v1/schedules');
