@@ -248,6 +248,11 @@ export class Cache {
     return this.#upkeep.scrub(options);
   }
 
+  /** Chunks will be wanted soon: what takes time to be ready is begun. */
+  prepare(): void {
+    this.#fetcher.prepare();
+  }
+
   /** A machine is being started until what is returned is called: prefetch leaves it the processors. */
   starting(): () => void {
     return this.#fetcher.starting();

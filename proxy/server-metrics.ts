@@ -15,7 +15,8 @@ export interface ServerMetrics {
   begin(route: ServedRoute): () => void;
   sent(route: ServedRoute, bytes: number): void;
   failed(code: ErrorCode): void;
-  batch(priority: Priority, chunks: number, seconds: number): void;
+  /** `fromMemory`: chunks that no file had to be read for. */
+  batch(priority: Priority, chunks: number, seconds: number, fromMemory: number): void;
 }
 
 /** From a chunk on a local disk to a full batch on a slow link. */
@@ -53,6 +54,11 @@ export function createServerMetrics(): ServerMetrics {
     labelNames: ['priority'],
     registers,
   });
+  const memoryChunks = new Counter({
+    name: 'gridvfs_server_memory_chunks_total',
+    help: 'Chunks sent in batches that were kept in memory: no file was read for them.',
+    registers,
+  });
   const seconds = new Histogram({
     name: 'gridvfs_server_batch_duration_seconds',
     help: 'From a batch request to the last byte of its answer handed to the connection.',
@@ -78,7 +84,8 @@ export function createServerMetrics(): ServerMetrics {
     },
     sent: (route, count) => bytes.inc({ route }, count),
     failed: (code) => errors.inc({ code }),
-    batch(priority, count, elapsed) {
+    batch(priority, count, elapsed, fromMemory) {
+      memoryChunks.inc(fromMemory);
       chunks.inc({ priority }, count);
       seconds.observe({ priority }, elapsed);
     },

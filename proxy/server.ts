@@ -38,6 +38,7 @@ import {
   profilePath,
 } from './protocol.ts';
 import { holdRoutes } from './holds.ts';
+import { HotChunks } from './hot-chunks.ts';
 import { openingRoutes } from './openings.ts';
 import type { ServedRoute, ServerMetrics } from './server-metrics.ts';
 import { StreamSocket } from './stream-socket.ts';
@@ -259,6 +260,7 @@ function defineRoutes(
     return found!.encoding === 'zstd' ? asBuffer(found!.bytes) : compress(found!.bytes);
   });
 
+  const hot = new HotChunks(source);
   app.post(BATCH_PATH, async (request, reply) => {
     if (!Buffer.isBuffer(request.body)) throw new GridError('bad-request', 'batch request without a body');
     const { refs, priority } = parseBatchRequest(request.body);
@@ -267,7 +269,8 @@ function defineRoutes(
     const sent = { chunks: 0, bytes: 0 };
     const failure = await sendBatch(
       reply.raw,
-      source,
+      source.name,
+      hot,
       { refs, priority },
       signalOf(reply.raw, stopping),
       sent,
@@ -276,7 +279,7 @@ function defineRoutes(
     if (!metrics) return;
     if (failure) metrics.failed(failure.code);
     metrics.sent('batch', sent.bytes);
-    metrics.batch(priority, sent.chunks, (performance.now() - startMs) / 1000);
+    metrics.batch(priority, sent.chunks, (performance.now() - startMs) / 1000, hot.takeHits());
   });
 }
 
@@ -377,7 +380,8 @@ function signalOf(response: ServerResponse, stopping: AbortSignal): AbortSignal 
  */
 async function sendBatch(
   response: ServerResponse,
-  source: ChunkSource,
+  name: string,
+  source: Pick<ChunkSource, 'readChunks'>,
   { refs, priority }: { refs: readonly ChunkRef[]; priority: Priority },
   signal: AbortSignal,
   sent: { chunks: number; bytes: number },
@@ -428,7 +432,7 @@ async function sendBatch(
         if (!outcome.failure) send(first + index, chunk);
       })
       .catch((error: unknown) => {
-        outcome.failure ??= asGridError(error, `cannot read from ${source.name}`, 'bug');
+        outcome.failure ??= asGridError(error, `cannot read from ${name}`, 'bug');
       });
     const tracked = part.finally(() => parts.delete(tracked));
     parts.add(tracked);

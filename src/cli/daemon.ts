@@ -202,6 +202,7 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
       ...(options.quotaBytes === undefined ? {} : { quotaBytes: options.quotaBytes }),
     });
     stack.defer(() => cache.close());
+    cache.prepare();
     // The first who asks for an image by its name need not wait for them.
     void cache.listTags().catch(() => undefined);
 

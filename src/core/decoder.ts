@@ -7,7 +7,7 @@
  * Small chunks that come in one turn of the event loop go there as one message, and come back as one: a message costs as
  * much as a chunk of 16 KiB, and memory images have thousands of those.
  *
- * The thread is started by the first chunk and ends with `close`; it keeps no process alive. Should it die, what was
+ * The thread is started by the first chunk, or by who expects one, and ends with `close`; it keeps no process alive. Should it die, what was
  * given to it is decoded by the caller's thread, and so is all that follows.
  */
 import path from 'node:path';
@@ -60,10 +60,15 @@ export class ChunkDecoder {
   /** What each message that was not answered yet holds. */
   readonly #sent: (readonly Waiting[])[] = [];
 
+  /** Starts the thread, so that the first chunk need not wait for it. */
+  prepare(): void {
+    this.#worker ??= this.#start();
+  }
+
   /** As `decodeChunk`: plain bytes, checked. Rejects with corrupt; with closed when the decoder is closed meanwhile. */
   decode(chunk: StoredChunk, ref: ChunkRef): Promise<Buffer> {
     return new Promise((resolve, reject) => {
-      this.#worker ??= this.#start();
+      this.prepare();
       const waiting: Waiting = { chunk, ref, resolve, reject };
       if (this.#worker === 'gone') {
         decodeHere(waiting);

@@ -60,9 +60,15 @@ test('requests, bytes, errors by code and batch times are counted; health says w
     assert.equal(value('gridvfs_server_requests_in_flight'), 1, 'the scrape itself');
     assert.deepEqual(await (await fetch(`${url}/healthz`)).json(), { status: 'ok' });
 
+    await source.readChunks(refs.slice(0, 1), { priority: 'demand' }, () => {});
+    assert.equal((await scrape())('gridvfs_server_memory_chunks_total'), 1);
+
+    const others = refsOf(ground.fixture)
+      .filter(({ digest }) => !seen.has(digest))
+      .slice(0, 50);
     faulty.arm({ failWith: 'local-io' });
     await failsWith(
-      source.readChunks(refs, { priority: 'demand' }, () => {}),
+      source.readChunks(others, { priority: 'demand' }, () => {}),
       'origin-failed',
     );
     value = await scrape();
@@ -74,7 +80,7 @@ test('requests, bytes, errors by code and batch times are counted; health says w
     // A reader that goes away in the middle leaves nothing in flight.
     faulty.arm({ hang: true });
     const abort = new AbortController();
-    const reading = source.readChunks(refs, { priority: 'demand', signal: abort.signal }, () => {});
+    const reading = source.readChunks(others, { priority: 'demand', signal: abort.signal }, () => {});
     await until(() => faulty.calls === 3, 'the read has come');
     abort.abort();
     await failsWith(reading, 'closed');
