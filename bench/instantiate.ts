@@ -21,7 +21,7 @@ import { isRoot } from '../src/core/linux.ts';
 import { createQemu } from '../src/vmm/index.ts';
 import { hostFacts } from './lib/facts.ts';
 import { heatOf } from './lib/heat.ts';
-import { prepareCheckpoints, resumeGrid, resumeLocal } from './lib/resumes.ts';
+import { KnownSets, prepareCheckpoints, resumeGrid, resumeLocal } from './lib/resumes.ts';
 import type { Checkpoints } from './lib/resumes.ts';
 import { printStarts, promisesOf, rowsOf } from './lib/start-rows.ts';
 import type { Runs } from './lib/start-rows.ts';
@@ -143,19 +143,24 @@ function fewReboots({ runs }: Settings): Omit<Step, 'kind'>[] {
 }
 
 /**
- * As the reboots: once in the table's order, rounds of local and warm ones, then cold ones with a recorded working set. The
- * set is recorded by a cold one over the first link, as by the first resume of a checkpoint anywhere; what warm ones know of
- * it is what a proxy knows by default.
+ * As the reboots: once in the table's order, then rounds of local and warm ones, then cold ones. Cold ones find at the
+ * origin what the checkpoint's publication left there (its rehearsal); `profile`: what another resume over the first link
+ * left that found nothing; `unknown`: nothing, and record nothing. What warm ones know is what a proxy knows by default.
  */
 function resumesOf({ runs, coldRuns }: Settings, checkpoints: Checkpoints): Omit<Step, 'kind'>[] {
-  const over = (link: string, profile: boolean) => (scene: Scene) =>
-    resumeGrid(scene, checkpoints, { link, cache: `cache-resumes-${link}`, profile });
+  let published: KnownSets | undefined;
+  let recorded: KnownSets | undefined;
+  const over = (link: string) => (scene: Scene) => {
+    (published ??= KnownSets.now(scene)).restore();
+    return resumeGrid(scene, checkpoints, { link, cache: `cache-resumes-${link}`, profile: true });
+  };
   const overEmpty =
-    (link: string, profile: boolean, records = false) =>
+    (link: string, options: { profile: boolean; records?: boolean }, known: (scene: Scene) => void) =>
     async (scene: Scene, number: number) => {
+      known(scene);
       const cache = `cache-resume-${number}`;
       try {
-        return await resumeGrid(scene, checkpoints, { link, cache, profile, records });
+        return await resumeGrid(scene, checkpoints, { link, cache, ...options });
       } finally {
         await rm(path.join(scene.folder, cache), { recursive: true, force: true });
       }
@@ -164,23 +169,38 @@ function resumesOf({ runs, coldRuns }: Settings, checkpoints: Checkpoints): Omit
     subject: 'local',
     run: (scene: Scene, number: number) => resumeLocal(scene, checkpoints, `resumed-${number}`),
   };
-  const warm = (link: string) => ({ subject: `${link}-warm`, run: over(link, true) });
-  const firstOf = (link: string) => ({ subject: `${link}-cold`, run: over(link, false), counted: true });
-  const coldOnes = (profile: boolean) =>
-    ['lan', 'wan'].map((link) => ({
-      subject: `${link}-cold${profile ? '-profile' : ''}`,
-      run: overEmpty(link, profile),
-    }));
+  const warm = (link: string) => ({ subject: `${link}-warm`, run: over(link) });
+  const firstOf = (link: string) => ({ subject: `${link}-cold`, run: over(link), counted: true });
+  const cold = (link: string) => ({
+    subject: `${link}-cold`,
+    run: overEmpty(link, { profile: true }, () => published!.restore()),
+  });
+  const record = overEmpty('lan', { profile: true, records: true }, (scene) => KnownSets.forget(scene));
+  const coldProfile = (link: string) => ({
+    subject: `${link}-cold-profile`,
+    run: overEmpty(link, { profile: true }, (scene) => (recorded ??= KnownSets.now(scene)).restore()),
+  });
+  const unknown = (link: string) => ({
+    subject: `${link}-cold-unknown`,
+    run: overEmpty(link, { profile: false }, () => undefined),
+  });
   return [
     { ...local, counted: false },
     firstOf('lan'),
-    { subject: 'lan-cold-recording', run: overEmpty('lan', true, true), counted: false },
     { ...warm('lan'), counted: false },
     firstOf('wan'),
     { ...warm('wan'), counted: false },
     ...Array.from({ length: runs }, () => counted([local, warm('lan'), warm('wan')])).flat(),
-    ...Array.from({ length: coldRuns }, (_, round) =>
-      counted([...(round === 0 ? [] : coldOnes(false)), ...coldOnes(true)]),
+    { subject: 'lan-cold-recording', run: record, counted: false },
+    // Twice as many as of the reboots: a second each.
+    ...Array.from({ length: 2 * coldRuns }, (_, round) =>
+      counted([
+        ...(round === 0 ? [] : [cold('lan'), cold('wan')]),
+        coldProfile('lan'),
+        coldProfile('wan'),
+        unknown('lan'),
+        unknown('wan'),
+      ]),
     ).flat(),
   ];
 }

@@ -3,12 +3,17 @@
  * checkpoint is of the scene's guest, ready and at rest: once as local files (memory, device state, a qcow2 overlay with
  * what the guest wrote), resumed by QEMU without any part of gridvfs, and once as a version in the store, resumed
  * through the whole chain. Either way every resume has a disk of its own over that of the checkpoint.
+ *
+ * The version is rehearsed when it is published, as `vm checkpoint` does, so that the origin knows a working set of it from
+ * then on, and it learns from every resume; KnownSets has it know what it knew at another time, for runs that are alike.
  */
 import { execFile } from 'node:child_process';
 import { randomBytes } from 'node:crypto';
+import { globSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { mkdir, open, rm } from 'node:fs/promises';
 import path from 'node:path';
 import { promisify } from 'node:util';
+import type { Rehearsed } from '../../src/agent/rehearsal.ts';
 import type { VmStatus } from '../../src/agent/vm-record.ts';
 import { parseManifest } from '../../src/core/manifest.ts';
 import type { MachineCompatibility, MachineDescription } from '../../src/core/machine.ts';
@@ -34,6 +39,38 @@ export interface Checkpoints {
   };
   /** Of the memory image in the store. */
   readonly memoryNonzeroBytes: number;
+}
+
+/** Working sets of resumes that the origin has. */
+export class KnownSets {
+  readonly #folder: string;
+  readonly #files = new Map<string, Buffer>();
+
+  private constructor(folder: string) {
+    this.#folder = folder;
+  }
+
+  /** As they are now. */
+  static now(scene: Scene): KnownSets {
+    const sets = new KnownSets(path.join(scene.store, 'v1', 'profiles'));
+    for (const file of sets.#there()) sets.#files.set(file, readFileSync(file));
+    return sets;
+  }
+
+  /** The origin knows none. */
+  static forget(scene: Scene): void {
+    for (const file of new KnownSets(path.join(scene.store, 'v1', 'profiles')).#there()) rmSync(file);
+  }
+
+  /** The origin knows these and no others. */
+  restore(): void {
+    for (const file of this.#there()) rmSync(file);
+    for (const [file, bytes] of this.#files) writeFileSync(file, bytes);
+  }
+
+  #there(): string[] {
+    return globSync(path.join(this.#folder, '*', '*', 'resume.json'));
+  }
 }
 
 async function leaveNonce(consoleSocket: string, nonce: string): Promise<void> {
@@ -105,6 +142,14 @@ export async function prepareCheckpoints(scene: Scene, link: string): Promise<Ch
     await client.call('POST', `/v1/vms/${vm.id}/suspend`, {});
     await client.call('POST', `/v1/vms/${vm.id}/checkpoint`, { reference: CHECKPOINT });
     await client.call('POST', `/v1/vms/${vm.id}/stop`, {});
+  }
+  {
+    // Another proxy: this one records, and the boot above is not to be known at the origin.
+    await using stack = new AsyncDisposableStack();
+    stack.defer(() => rm(path.join(scene.folder, 'cache-rehearsal'), { recursive: true, force: true }));
+    const { client } = await mountProxy(stack, scene, { link, cache: 'cache-rehearsal', profile: true });
+    const rehearsed = await client.call<Rehearsed>('POST', '/v1/rehearse', { checkpoint: CHECKPOINT });
+    say(`rehearsed in ${rehearsed.seconds.toFixed(2)} s: ${rehearsed.chunks} chunks`);
   }
   const store = await openStore(scene.store);
   const tag = (await store.listTags()).find(({ name, version }) => `${name}:${version}` === CHECKPOINT)!;

@@ -27,6 +27,8 @@ const ORDER = [
   'wan-warm',
   'lan-cold-profile',
   'wan-cold-profile',
+  'lan-cold-unknown',
+  'wan-cold-unknown',
 ];
 
 export interface StartRow extends Row {

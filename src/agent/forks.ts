@@ -13,9 +13,10 @@ import type { BaseRequest } from './base-checkpoints.ts';
 import { CHECKPOINT_FILE_BYTES_MAX, parseCheckpoint } from './checkpoint-file.ts';
 import type { Checkpoint } from './checkpoint-file.ts';
 import type { Clones } from './clones.ts';
-import { relocated, renamed, sameUnder } from './machine-description.ts';
+import { isolated, relocated, renamed, sameUnder } from './machine-description.ts';
 import type { MachineCatalog } from './machine-parts.ts';
 import type { Machines } from './machines.ts';
+import type { Rehearsal } from './rehearsal.ts';
 import type { VmStatus, VmVolume } from './vm-record.ts';
 
 /** Parts of a checkpoint's manifest, beside the memory that it is of. */
@@ -32,6 +33,7 @@ interface ForkRequest {
   readonly name: string | undefined;
   readonly same: boolean;
   readonly take: TakeVolume | undefined;
+  readonly rehearsal?: Rehearsal;
   readonly requestedAtMs: number;
 }
 
@@ -72,8 +74,15 @@ export class Forks {
     }
   }
 
+  /** As `run`, of a machine that is isolated (rehearsal.ts). Throws unsupported for one that is on a bridge. */
+  async rehearse(reference: string, rehearsal: Rehearsal): Promise<VmStatus> {
+    const resolved = await this.#catalog.resolve(reference);
+    const [requestedAtMs, { name }] = [performance.now(), rehearsal];
+    return this.#run(resolved, { reference, name, same: false, take: undefined, rehearsal, requestedAtMs });
+  }
+
   async #run(resolved: Resolved, request: ForkRequest): Promise<VmStatus> {
-    const { reference, name, same, take, requestedAtMs } = request;
+    const { reference, name, same, take, rehearsal, requestedAtMs } = request;
     const { digest, manifest, folder: imageFolder } = resolved;
     const { [PART_DISK]: diskDigest, [PART_STATE]: stateDigest } = manifest.parts;
     if (manifest.kind !== 'memory' || diskDigest === undefined || stateDigest === undefined) {
@@ -84,7 +93,8 @@ export class Forks {
     // QEMU looks at the disk before its guest goes on; little of it is needed.
     const opens = [diskDigest, digest];
     // Each of what follows waits for the link once or more: none waits for another that it does not need.
-    const start = this.#machines.expect(opens, { file, image: digest });
+    const expected = this.#machines.expect(opens, { file, image: digest });
+    const start = expected && rehearsal ? rehearsal.watch(expected) : expected;
     const reading = this.#checkpoint(reference, stateDigest);
     reading.catch(() => undefined);
     let clone: string | undefined;
@@ -105,7 +115,7 @@ export class Forks {
       }
       for (const volume of facts.volumes ?? []) volumes.push(await this.#attached(volume, id, take));
       const here = this.#withVolumes(relocated(facts.description, this.#catalog.diskOf(clone)), volumes);
-      const description = same ? sameUnder(here, id) : renamed(here, id);
+      const description = same ? sameUnder(here, id) : renamed(rehearsal ? isolated(here) : here, id);
       return await this.#machines.launch({
         id,
         image: reference,
@@ -114,6 +124,7 @@ export class Forks {
         ...(description.readyText === undefined ? {} : { readyText: description.readyText }),
         memory: { file, image: digest },
         ...(same ? { same } : {}),
+        ...(rehearsal ? { rehearsal: true } : {}),
         ...(volumes.length === 0 ? {} : { volumes }),
         ...(facts.nonce === undefined ? {} : { nonce: facts.nonce }),
         requestedAtMs,

@@ -1,6 +1,7 @@
 /** How a machine is made of an image's labels and parts and of what was asked for. */
 import { randomBytes, randomUUID } from 'node:crypto';
 import path from 'node:path';
+import { GridError } from '../core/errors.ts';
 import { MIB } from '../core/limits.ts';
 import type { MachineDescription, MachineSeed } from '../core/machine.ts';
 import type { Manifest } from '../core/manifest.ts';
@@ -61,6 +62,14 @@ export function renamed(description: MachineDescription, name: string): MachineD
     ...identity,
     ...(seed === undefined ? {} : { seed: { ...seed, instanceId, hostName: name } }),
   };
+}
+
+/** The same machine with networks that lead nowhere. Throws unsupported. */
+export function isolated(description: MachineDescription): MachineDescription {
+  const { network } = description;
+  if (typeof network === 'object')
+    throw new GridError('unsupported', `a machine on the bridge ${network.bridge} cannot be kept apart`);
+  return { ...description, isolated: true };
 }
 
 /** The very machine, under another name where it has one now: it may go on from an earlier moment than it knows, so its

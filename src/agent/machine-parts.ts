@@ -46,6 +46,8 @@ export interface Launch {
   /** It goes on from a checkpoint in the store, and is no fork of it but the very machine. */
   readonly same?: boolean;
   readonly volumes?: readonly VmVolume[];
+  /** See rehearsal.ts: no daemon goes on with it but the one that began it. */
+  readonly rehearsal?: boolean;
   readonly requestedAtMs: number;
   readonly clonedMs: number;
   /** Images that it opens, those it needs first in front. */

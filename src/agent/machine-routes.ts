@@ -13,6 +13,7 @@
  *   POST /v1/vms/:id/limits         IoLimits; what is left out has no bound
  *   POST /v1/vms/:id/checkpoint     { reference, base? } a version in the store behind the proxy; `base`: of its image
  *   POST /v1/vms/resume             { checkpoint, name?, same? } a VM that goes on from a checkpoint in the store
+ *   POST /v1/rehearse               { checkpoint } → Rehearsed: resumed once, so that its working set is known
  *   POST /v1/remove-checkpoint      { checkpoint } → { removed } takes its names away at the store
  *   POST /v1/base-checkpoint        BaseRequest → { checkpoint } from which such a VM need not boot
  */
@@ -23,6 +24,7 @@ import type { BaseRequest } from './base-checkpoints.ts';
 import type { Checkpoints } from './checkpoints.ts';
 import type { Forks } from './forks.ts';
 import type { Machines } from './machines.ts';
+import { rehearse } from './rehearsal.ts';
 import { body, name, params, reference } from './schemas.ts';
 import type { RunRequest, VmStatus } from './vm-record.ts';
 import type { Spending, VmSpending } from './vm-spending.ts';
@@ -106,6 +108,11 @@ export function serveMachines(
     '/v1/base-checkpoint',
     { schema: { body: body({ image: reference, memoryBytes, vcpus }, ['image']) } },
     async (request) => ({ checkpoint: await forks.findBase(request.body) }),
+  );
+  app.post<{ Body: { checkpoint: string } }>(
+    '/v1/rehearse',
+    { schema: { body: body({ checkpoint: reference }, ['checkpoint']) } },
+    (request) => rehearse({ forks, machines }, request.body.checkpoint),
   );
   app.post<{ Body: { checkpoint: string } }>(
     '/v1/remove-checkpoint',

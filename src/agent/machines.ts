@@ -99,7 +99,7 @@ export class Machines {
       const folder = path.join(this.#folder, id);
       try {
         const record = await readVmRecord(folder);
-        const machine = await this.#vmm.adopt(folder);
+        const machine = record.rehearsal ? undefined : await this.#vmm.adopt(folder);
         if (machine !== undefined) {
           await runsOn(id);
           if (machine.status().state === 'paused') await machine.proceed();
@@ -108,7 +108,8 @@ export class Machines {
           this.#register(kept, folder, machine, performance.now());
           continue;
         }
-        this.#log(`VM ${id} ended while no proxy ran`);
+        const isEnded = await this.#vmm.endLost(folder); // a rehearsal that nobody waits for any more
+        this.#log(`VM ${id} ${isEnded ? 'was ended: it was a rehearsal' : 'ended while no proxy ran'}`);
       } catch (error) {
         this.#log(`VM ${id} cannot be taken up again and is ended: ${String(error)}`);
         await this.#vmm.endLost(folder);
@@ -217,6 +218,10 @@ export class Machines {
     return this.#starts?.begin(opens, 'resume', memory);
   }
 
+  get recordsStarts(): boolean {
+    return this.#starts?.records ?? false;
+  }
+
   /** Starts the machine of a reserved name. A failure leaves nothing but the name and the clones. */
   async launch(launch: Launch): Promise<VmStatus> {
     const { id, image, clone, discards, readyText, memory, requestedAtMs, clonedMs } = launch;
@@ -245,6 +250,7 @@ export class Machines {
         ...(launch.answers || launch.nonce !== undefined ? { answers: true } : {}),
         ...(launch.nonce === undefined ? {} : { nonce: launch.nonce }),
         ...(launch.same ? { same: true } : {}),
+        ...(launch.rehearsal ? { rehearsal: true } : {}),
       };
       await writeVmRecord(folder, record);
       start?.goesOn();
@@ -269,7 +275,8 @@ export class Machines {
     this.#names.add(record.id);
     for (const clone of disksOf(record)) this.#disks.add(clone);
     this.#vms.set(record.id, vm);
-    this.#segments?.plugIn(record.id, machine.description.segments ?? [], folder);
+    const { segments = [], isolated } = machine.description;
+    if (!isolated) this.#segments?.plugIn(record.id, segments, folder);
     void machine.ended
       .then((status) => this.#ended(vm, status))
       .catch((error: unknown) => this.#log(`VM ${record.id}: ${String(error)}`));

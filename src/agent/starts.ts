@@ -20,6 +20,8 @@ const RESUME_MS = 10_000;
 
 /** What the machines tell. */
 export interface Starts {
+  /** Whether what they touch is recorded. */
+  readonly records: boolean;
   /** A machine is about to open these images; the ones it needs first come first. `memory`: of what it goes on in, the
    * file on the mount, whose bytes are that one's of the images unless it has written them. */
   begin(manifests: readonly Digest[], purpose: Purpose, memory?: { file: string; image: Digest }): Start;
@@ -35,6 +37,8 @@ export interface Start {
   ended(): void;
   /** The machine is gone, or never was: as `ended`, and nothing is read for it any more. Idempotent. */
   gone(): void;
+  /** When it has ended and what it touched is on record, here and at the origin as far as that takes it: how many chunks. */
+  readonly recorded: Promise<number>;
 }
 
 /** What a cache does for it. */
@@ -68,6 +72,7 @@ export function createStarts(cache: StartCache, profiles: boolean, log: (line: s
     if (chunks > 0) log(`profile '${purpose}' of ${manifest.slice(0, 12)}: ${chunks} chunks fetched ahead`);
   };
   return {
+    records: profiles,
     begin(manifests, purpose, memory) {
       const pages = memory === undefined ? undefined : readPagesAhead(memory.file);
       /** A resumed guest has answered, or there is nobody to wait for. */
@@ -85,12 +90,22 @@ export function createStarts(cache: StartCache, profiles: boolean, log: (line: s
         else if (mine) work = cache.presentRanges(manifest).then((ranges) => ranges.forEach(mine.here));
         void work?.catch(failed('replay of the profile', manifest)).finally(() => mine?.finish());
       }
+      const recorded = Promise.withResolvers<number>();
       const ended = () => {
         isMade();
         done.resolve();
-        for (const [at, recording] of recordings.splice(0).entries()) {
-          recording.finish().catch(failed('recording', manifests[at]!));
-        }
+        const finished = recordings.splice(0).map(async (recording, at) => {
+          try {
+            const profile = await recording.finish();
+            return profile === undefined ? 0 : profile.early.length + profile.late.length;
+          } catch (error) {
+            failed('recording', manifests[at]!)(error);
+            return 0;
+          }
+        });
+        void Promise.all(finished).then((counts) =>
+          recorded.resolve(counts.reduce((sum, one) => sum + one, 0)),
+        );
       };
       return {
         goesOn() {
@@ -106,6 +121,7 @@ export function createStarts(cache: StartCache, profiles: boolean, log: (line: s
           ended();
           pages?.stop();
         },
+        recorded: recorded.promise,
       };
     },
   };

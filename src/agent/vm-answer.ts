@@ -39,17 +39,18 @@ export function forkQuestion({ name, macAddress, generationId }: MachineDescript
   return { event: 'fork', name, instanceId: instanceIdOf(name, generationId), macAddress };
 }
 
-function connect(machine: Machine): net.Socket {
-  const folder = openSync(path.dirname(machine.identitySocket), 'r');
+/** Connects to a machine's socket by its file. */
+export function connectTo(socketFile: string): net.Socket {
+  const folder = openSync(path.dirname(socketFile), 'r');
   // A socket's path may be longer than an address holds: see its folder's descriptor.
-  const socket = net.connect(`/proc/self/fd/${folder}/${path.basename(machine.identitySocket)}`);
+  const socket = net.connect(`/proc/self/fd/${folder}/${path.basename(socketFile)}`);
   socket.once('close', () => closeSync(folder));
   return socket;
 }
 
 /** Says it to whoever may read it. */
 export function tellGuest(machine: Machine, question: Question): void {
-  const socket = connect(machine);
+  const socket = connectTo(machine.identitySocket);
   socket.unref();
   socket.once('connect', () => socket.end(`${JSON.stringify(question)}\n`));
   // The machine may be gone again, and has nothing to be told then.
@@ -60,7 +61,7 @@ export function tellGuest(machine: Machine, question: Question): void {
 export async function askGuest(machine: Machine, question: Question, timeoutMs: number): Promise<string> {
   const { name } = machine.description;
   const id = randomBytes(6).toString('hex');
-  const socket = connect(machine);
+  const socket = connectTo(machine.identitySocket);
   const { promise, resolve, reject } = Promise.withResolvers<string>();
   const say = () => socket.write(`${JSON.stringify({ ...question, id })}\n`);
   const again = setInterval(say, AGAIN_MS);

@@ -77,6 +77,8 @@ export interface VmRecord {
   readonly answers?: true;
   /** It came from another host as the machine that it is, so it is not told that it is a fork. */
   readonly same?: true;
+  /** It is ended with the daemon that began it (rehearsal.ts). */
+  readonly rehearsal?: true;
   /** What its guest answers then, unless it is not the one that was captured. */
   readonly nonce?: string;
 }

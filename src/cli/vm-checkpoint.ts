@@ -5,6 +5,7 @@ import { baseReference } from '../agent/base-checkpoints.ts';
 import type { BaseRequest } from '../agent/base-checkpoints.ts';
 import type { PublishedCheckpoint, Suspended } from '../agent/checkpoints.ts';
 import type { ControlClient } from '../agent/client.ts';
+import type { Rehearsed } from '../agent/rehearsal.ts';
 import type { VmStatus } from '../agent/vm-record.ts';
 import { GridError } from '../core/errors.ts';
 import { bytesText, jsonOption, parseBytes, parseCount, show, verb } from './kit.ts';
@@ -94,6 +95,7 @@ interface CheckpointOptions extends Options {
   remove?: string;
   memory?: number;
   vcpus?: number;
+  rehearsal: boolean;
 }
 
 async function checkpoint(client: ControlClient, vm: string | undefined, options: CheckpointOptions) {
@@ -123,6 +125,21 @@ async function checkpoint(client: ControlClient, vm: string | undefined, options
   } finally {
     await client.call('POST', routeOf(id, 'stop'), { graceMs: 0 });
   }
+}
+
+/** Has it resumed once, for the sake of the next. The checkpoint is there however that ends. */
+async function rehearsed(client: ControlClient, reference: string): Promise<Rehearsed | { reason: string }> {
+  try {
+    return await client.call<Rehearsed>('POST', '/v1/rehearse', { checkpoint: reference });
+  } catch (error) {
+    return { reason: error instanceof Error ? error.message : String(error) };
+  }
+}
+
+function rehearsalText(rehearsal: Rehearsed | { reason: string }): string {
+  if ('reason' in rehearsal) return `not rehearsed: ${rehearsal.reason}`;
+  const { chunks, seconds: took } = rehearsal;
+  return `rehearsed in ${took.toFixed(2)} s: a resume begins with ${chunks} chunks, which hosts fetch ahead now`;
 }
 
 /** Goes on from an image's base checkpoint where there is one that fits and that runs here; undefined: it must boot. */
@@ -191,6 +208,7 @@ export function checkpointVerbs(): Command[] {
           'gridvfs vm run --from-checkpoint web:warm',
           'gridvfs vm checkpoint --base debian:12       # boots it, publishes debian.base:12, ends it',
           'gridvfs vm run debian:12 --from-checkpoint   # goes on from there where it fits, and boots where not',
+          'gridvfs vm checkpoint web --to web:warm --no-rehearsal   # nobody resumes it before somebody needs it',
           'gridvfs vm checkpoint --remove web:warm      # refused while a VM or a clone goes on from it',
         ],
       ),
@@ -199,6 +217,10 @@ export function checkpointVerbs(): Command[] {
       .option('--to <name:version>', 'what to call it')
       .option('--base <image>', 'boot this image and publish it as it is when its guest is ready')
       .option('--remove <name:version>', 'take a checkpoint’s names away; the store’s next gc takes the rest')
+      .option(
+        '--no-rehearsal',
+        'do not resume it once, apart from any network, to learn which pages a resume begins with',
+      )
       .option('--memory <size>', 'with --base: memory; the image’s own default, else 512M', parseBytes)
       .option('--vcpus <count>', 'with --base: virtual processors (default: 1)', parseCount)
       .addOption(jsonOption())
@@ -212,10 +234,12 @@ export function checkpointVerbs(): Command[] {
           return show(options, gone, () => `removed ${gone.removed.join(', ')}`);
         }
         const { to, made } = await checkpoint(client, vm, options);
-        show(options, made, () =>
+        const rehearsal = options.rehearsal ? await rehearsed(client, to) : undefined;
+        show(options, { ...made, ...(rehearsal === undefined ? {} : { rehearsal }) }, () =>
           [
             `${to} is ${made.digest}`,
             `${made.newChunks} chunks were new, ${bytesText(made.newStoredBytes)} compressed`,
+            ...(rehearsal === undefined ? [] : [rehearsalText(rehearsal)]),
           ].join('\n'),
         );
       }),

@@ -46,6 +46,8 @@ export interface MachineDescription {
   readonly network: 'user' | 'none' | MachineBridge;
   /** Virtual networks that it is on, each by a device of its own; its frames go through `segmentSocket`. */
   readonly segments?: readonly MachineSegment[];
+  /** Its networks lead nowhere: it has their devices, as the machine had that it goes on from. */
+  readonly isolated?: boolean;
   /** A line on the first serial console that contains this text means: the guest answers. */
   readonly readyText?: string;
   /** A UUID that the guest can see (vmgenid): another one tells it that it is a copy. Made up when left out. */

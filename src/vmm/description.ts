@@ -79,6 +79,8 @@ export function checkDescription(description: MachineDescription): void {
   } else if (network !== 'user' && network !== 'none') {
     refuse(name, `unknown network ${JSON.stringify(network)}`);
   }
+  if (description.isolated && typeof network === 'object')
+    refuse(name, `it cannot be isolated: it is on the bridge ${network.bridge}`);
   const { segments = [] } = description;
   if (segments.length > SEGMENTS_MAX)
     refuse(name, `${segments.length} virtual networks are more than the ${SEGMENTS_MAX} it has room for`);

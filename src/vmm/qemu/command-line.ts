@@ -128,7 +128,7 @@ export function qemuArguments(description: MachineDescription, choices: QemuChoi
       addDevice({ driver: 'virtio-blk-pci', id: `virtio-disk${index}`, drive: `disk${index}` });
     });
   if (network !== 'none') {
-    if (network === 'user') add('-netdev', 'user,id=net0');
+    if (network === 'user') add('-netdev', `user,id=net0${description.isolated ? ',restrict=on' : ''}`);
     else
       add(
         '-netdev',

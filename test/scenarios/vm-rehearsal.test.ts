@@ -1,0 +1,107 @@
+/** A checkpoint is resumed once when it is published, so that no other host is the first: through the real command. */
+import assert from 'node:assert/strict';
+import { globSync, readFileSync, rmSync } from 'node:fs';
+import path from 'node:path';
+import { after, before, suite, test } from 'node:test';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { isRunning } from '../../src/core/linux.ts';
+import { importSmall, killProxy, nonceOf, setNonce } from './vm-world.ts';
+import type { Vm } from './vm-world.ts';
+import { World } from './world.ts';
+import type { ServerHandle } from './world.ts';
+
+interface Published {
+  readonly rehearsal?: { readonly chunks?: number; readonly reason?: string };
+}
+interface View {
+  readonly images: readonly {
+    readonly names: readonly string[];
+    readonly missedChunks: number;
+    readonly touchedChunks: number;
+    readonly prefetchedChunks: number;
+  }[];
+}
+
+suite('rehearsals', () => {
+  const world = new World();
+  let server: ServerHandle;
+  let nonce = '';
+
+  before(async () => {
+    await importSmall(world);
+    server = await world.server('--accept-uploads');
+    await world.mount(server.url, server);
+    const vm = await world.json<Vm>('vm', 'run', 'small:1', '--name', 'one');
+    nonce = await setNonce(vm);
+  });
+  after(() => world.dispose());
+
+  const publish = (...options: string[]) =>
+    world.json<Published>('vm', 'checkpoint', 'one', '--to', 'warm:1', ...options);
+  /** Profiles of resumes at the origin. */
+  const profiles = () => globSync(path.join(world.store, 'v1', 'profiles', '*', '*', 'resume.json'));
+
+  /** The rehearsal that runs now. */
+  async function running(): Promise<Vm> {
+    for (const endMs = performance.now() + 60_000; performance.now() < endMs; await sleep(10)) {
+      const vm = (await world.json<Vm[]>('vm', 'ls')).find(({ id }) => id.startsWith('rehearsal-'));
+      if (vm?.pid !== undefined) return vm;
+    }
+    return assert.fail('there is no rehearsal');
+  }
+
+  test('where it is not wanted nothing is resumed, and nothing known', async () => {
+    assert.equal((await publish('--no-rehearsal')).rehearsal, undefined);
+    assert.deepEqual(profiles(), []);
+  });
+
+  // Without the rule in `adopt` of machines.ts the successor goes on with it for ever.
+  test('its networks lead nowhere, and it ends with the proxy that began it', async () => {
+    const publishing = publish();
+    const rehearsal = await running();
+    const words = readFileSync(`/proc/${rehearsal.pid}/cmdline`, 'utf8').split('\0');
+    assert.ok(words.includes('user,id=net0,restrict=on'), words.join(' '));
+    await killProxy(world);
+    assert.match((await publishing).rehearsal!.reason!, /./);
+    for (let left = 100; isRunning(rehearsal.pid) && left > 0; left--) await sleep(50);
+    assert.equal(isRunning(rehearsal.pid), false);
+    const vms = await world.json<Vm[]>('vm', 'ls');
+    assert.deepEqual(
+      vms.map(({ id }) => id),
+      ['one'],
+    );
+    assert.equal((await world.json<unknown[]>('clone', 'ls')).length, 2, 'disk and memory of its origin');
+    assert.deepEqual(profiles(), []);
+  });
+
+  test('another host’s first fork finds ahead of it what its guest touches', async () => {
+    const { rehearsal } = await publish();
+    assert.ok(rehearsal!.chunks! > 0, JSON.stringify(rehearsal));
+    assert.equal(profiles().length, 2, 'memory and disk');
+    const [origin, ...others] = await world.json<Vm[]>('vm', 'ls');
+    assert.equal(others.length, 0);
+    assert.equal(await nonceOf(origin!), nonce);
+    await world.json('vm', 'stop', 'one', '--now');
+    await world.json('umount', world.mountpoint);
+
+    rmSync(path.join(world.folder, 'cache'), { recursive: true });
+    await world.mount(server.url, server);
+    const [fork] = await world.json<Vm[]>('vm', 'fork', 'warm:1', '--name', 'first');
+    assert.equal(await nonceOf(fork!), nonce);
+    const { images } = await world.json<View>('cache', 'status');
+    const memory = images.find(({ names }) => names.includes('warm:1'))!;
+    assert.ok(memory.prefetchedChunks >= 0.9 * memory.touchedChunks, JSON.stringify(memory));
+    assert.ok(memory.missedChunks <= 0.1 * memory.touchedChunks, JSON.stringify(memory));
+    await world.json('vm', 'stop', fork!.id, '--now');
+    await world.json('umount', world.mountpoint);
+  });
+
+  test('a proxy that records no starts says so, and has published all the same', async () => {
+    await world.mount(server.url, server, '--no-profile');
+    await world.json('vm', 'run', 'small:1', '--name', 'one');
+    const outcome = await world.run('vm', 'checkpoint', 'one', '--to', 'warm:2');
+    assert.equal(outcome.code, 0);
+    assert.match(outcome.stdout, /^warm:2 is [0-9a-f]{64}\n.*\nnot rehearsed: .*--no-profile/);
+    await world.json('vm', 'stop', 'one', '--now');
+  });
+});
