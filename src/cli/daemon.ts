@@ -29,6 +29,7 @@ import { sha256 } from '../core/bytes.ts';
 import type { Digest } from '../core/bytes.ts';
 import { tryLock } from '../core/linux.ts';
 import type { Manifest, Tag } from '../core/manifest.ts';
+import { giveBackMemory } from '../core/memory.ts';
 import { parseReference } from '../core/manifest.ts';
 import { QuietPoints } from '../core/quiet.ts';
 import type { ChunkSource } from '../core/source.ts';
@@ -203,6 +204,7 @@ export async function startDaemon(options: DaemonOptions, log: (line: string) =>
     });
     stack.defer(() => cache.close());
     cache.prepare();
+    stack.defer(giveBackMemory());
     // The first who asks for an image by its name need not wait for them.
     void cache.listTags().catch(() => undefined);
 

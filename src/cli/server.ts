@@ -4,6 +4,7 @@ import { isIP } from 'node:net';
 import type { Command } from 'commander';
 import { checkAuthorizedKeys, createServer, createSshEndpoint, serveStdio } from '../../proxy/index.ts';
 import { GridError } from '../core/errors.ts';
+import { giveBackMemory } from '../core/memory.ts';
 import { openStore } from '../store/index.ts';
 import { applyConfig } from './config.ts';
 import { jsonOption, parseListen, verb } from './kit.ts';
@@ -73,6 +74,7 @@ async function serve(folder: string, options: Options): Promise<void> {
   await using stack = new AsyncDisposableStack();
   stack.defer(() => store.close());
   stack.defer(() => server.close());
+  stack.defer(giveBackMemory());
   if (options.stdio) {
     await serveStdio(server);
     return;

@@ -48,6 +48,7 @@ const cIoctl = libc.func('int ioctl(int fd, unsigned long request, void *argumen
 const cFcntl = libc.func('int fcntl(int fd, int command, ...)');
 const cSyncfs = libc.func('int syncfs(int fd)');
 const cGeteuid = libc.func('unsigned int geteuid()');
+const cMallocTrim = libc.func('int malloc_trim(size_t pad)');
 const cExit = libc.func('void _exit(int status)');
 
 const cCopyFileRange = libc.func(
@@ -373,4 +374,11 @@ export function isRunning(pid: number): boolean {
 /** _exit(2): ends the process and all its threads now, wherever they are blocked; nothing is written any more. */
 export function exitNow(status: number): void {
   cExit(status);
+}
+
+/** malloc_trim(3): freed memory of all arenas goes back to the system. In a thread of the pool. */
+export function trimMemory(): Promise<void> {
+  return new Promise((resolve) => {
+    cMallocTrim.async(0, () => resolve());
+  });
 }
