@@ -131,6 +131,10 @@ async function startFromCopy(scene: Scene, number: number): Promise<Start> {
 type Plain = Pick<Step, 'subject' | 'run'>;
 const counted = (steps: readonly Plain[]) => steps.map((step) => ({ ...step, counted: true }));
 
+/** There and back again: what one start leaves to the next (writes under way, a warm processor) meets all alike. */
+const rounds = (count: number, steps: readonly Plain[]) =>
+  counted(Array.from({ length: count }, (_, at) => (at % 2 === 0 ? steps : steps.toReversed())).flat());
+
 /** Of the reboots, what the resumes are compared with. */
 function fewReboots({ runs }: Settings): Omit<Step, 'kind'>[] {
   const run = grid('lan', 'cache-lan');
@@ -190,7 +194,7 @@ function resumesOf({ runs, coldRuns }: Settings, checkpoints: Checkpoints): Omit
     { ...warm('lan'), counted: false },
     firstOf('wan'),
     { ...warm('wan'), counted: false },
-    ...Array.from({ length: runs }, () => counted([local, warm('lan'), warm('wan')])).flat(),
+    ...rounds(runs, [local, warm('lan'), warm('wan')]),
     { subject: 'lan-cold-recording', run: record, counted: false },
     // Twice as many as of the reboots: a second each.
     ...Array.from({ length: 2 * coldRuns }, (_, round) =>
@@ -234,7 +238,7 @@ function rebootsOf({ runs, coldRuns, full, application }: Settings): Omit<Step, 
     { subject: 'local', run: local, counted: false },
     ...first('lan'),
     ...first('wan'),
-    ...Array.from({ length: runs }, () => counted(round)).flat(),
+    ...rounds(runs, round),
     { subject: 'lan-warm-recording', run: grid('lan', 'cache-lan', { profile: true }), counted: false },
     ...Array.from({ length: coldRuns }, (_, coldRound) => again(coldRound)).flat(),
     ...(full
