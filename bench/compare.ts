@@ -5,8 +5,8 @@
  */
 import { parseArgs } from 'node:util';
 import { table } from '../src/cli/kit.ts';
-import { readRecord, writeRecord } from './lib/record.ts';
-import type { Row } from './lib/record.ts';
+import { readRecords, writeRecord } from './lib/record.ts';
+import type { BenchRecord, Row } from './lib/record.ts';
 import { failed } from './lib/scene.ts';
 import { medianInterval } from './lib/statistics.ts';
 
@@ -24,7 +24,9 @@ export interface Compared {
 const RUNS_MIN = 3;
 
 const nameOf = (row: Row) =>
-  [row.case, row['link'], row.subject, row['state']].filter((part) => typeof part === 'string').join(' ');
+  [row.case, row['link'], row.subject, row['workload'], row['jobs'], row['state']]
+    .filter((part) => typeof part === 'string' || typeof part === 'number')
+    .join(' ');
 
 interface Measure {
   readonly by: string;
@@ -45,11 +47,12 @@ function measureOf(row: Row): Measure {
   return { by: row.unit, value: row.value, low, high, runs };
 }
 
-/** Smaller is better in every row: they are seconds, and ratios of seconds. */
+/** Smaller is better of seconds and their ratios, larger of rates. */
 function verdictOf(old: Measure, now: Measure): Compared['verdict'] {
   if (Math.min(old.runs, now.runs) < RUNS_MIN) return 'too few runs';
-  if (now.high < old.low) return 'better';
-  if (now.low > old.high) return 'worse';
+  const isRate = /\/s$|^IOPS$/.test(now.by);
+  if (now.high < old.low) return isRate ? 'worse' : 'better';
+  if (now.low > old.high) return isRate ? 'better' : 'worse';
   return 'within the spread';
 }
 
@@ -76,12 +79,23 @@ async function main(): Promise<void> {
   const [oldFile, newFile, ...rest] = positionals;
   if (oldFile === undefined || newFile === undefined || rest.length > 0)
     throw new RangeError('name two records: gridvfs bench compare OLD.json NEW.json');
-  const old = readRecord(oldFile);
-  const now = readRecord(newFile);
-  if (old.bench !== now.bench)
+  const before = new Map(readRecords(oldFile).map((record) => [record.bench, record]));
+  const pairs = readRecords(newFile).flatMap((now) => {
+    const old = before.get(now.bench);
+    return old ? [{ old, now }] : [];
+  });
+  if (pairs.length === 0)
     throw new RangeError(
-      `${oldFile} is of bench ${old.bench}, ${newFile} of ${now.bench}: nothing to compare`,
+      `${oldFile} is of bench ${[...before.keys()].join(', ')}, ${newFile} of another: nothing to compare`,
     );
+  const rows = pairs.flatMap(({ old, now }) => {
+    if (pairs.length > 1) process.stdout.write(`\n${now.bench}\n`);
+    return show(old, now);
+  });
+  if (values.json !== undefined) await writeRecord(values.json, { schema: 1, bench: 'compare', rows });
+}
+
+function show(old: BenchRecord, now: BenchRecord): Compared[] {
   const rows = compare(old.rows, now.rows);
   const text = table(
     ['ROW', 'BY', 'OLD', 'NEW', 'CHANGE', 'VERDICT'],
@@ -99,13 +113,15 @@ async function main(): Promise<void> {
     if (old.host[fact] !== now.host[fact])
       process.stdout.write(`not the same ${fact}: ${old.host[fact]}, then ${now.host[fact]}\n`);
   }
-  if (old.guest.sha256['disk'] !== now.guest.sha256['disk']) process.stdout.write('not the same guest\n');
-  if (old.links.emulator !== now.links.emulator)
-    process.stdout.write(`not the same links: ${old.links.emulator}, then ${now.links.emulator}\n`);
-  if (values.json !== undefined) await writeRecord(values.json, { schema: 1, bench: 'compare', rows });
+  if (old.guest?.sha256['disk'] !== now.guest?.sha256['disk']) process.stdout.write('not the same guest\n');
+  if (old.links?.emulator !== now.links?.emulator)
+    process.stdout.write(`not the same links: ${old.links?.emulator}, then ${now.links?.emulator}\n`);
+  return rows;
 }
 
 if (import.meta.main) {
+  // Whoever reads it has enough.
+  process.stdout.on('error', () => process.exit());
   try {
     await main();
   } catch (error) {

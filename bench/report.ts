@@ -5,7 +5,7 @@
 import { mkdir, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import { parseArgs } from 'node:util';
-import { readRecord } from './lib/record.ts';
+import { readRecords } from './lib/record.ts';
 import { failed, say } from './lib/scene.ts';
 import { chartsOf } from './report/charts.ts';
 import { pageOf } from './report/page.ts';
@@ -17,7 +17,7 @@ try {
   });
   if (positionals.length === 0)
     throw new RangeError('name records: gridvfs bench report FILE.json… --html PAGE');
-  const records = positionals.map(readRecord);
+  const records = positionals.flatMap(readRecords);
   await writeFile(values.html, await pageOf(records));
   say(`report written to ${values.html}`);
   if (values.pictures !== undefined) {

@@ -169,6 +169,6 @@ export function readAuthorizedKeys(file: string): AuthorizedKey[] {
     }
     return parseAuthorizedKeys(readFileSync(file, 'utf8'));
   } catch (error) {
-    throw asGridError(error, `cannot read the authorized keys in ${file}`, 'denied');
+    throw asGridError(error, `cannot read the authorized keys (--authorized-keys) in ${file}`, 'denied');
   }
 }

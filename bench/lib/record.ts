@@ -42,14 +42,14 @@ export interface BenchRecord {
   readonly command: string;
   readonly host: HostFacts & { readonly load: number };
   readonly made: string;
-  readonly guest: {
+  readonly guest?: {
     readonly name: string;
     readonly sha256: Readonly<Record<string, string>>;
     readonly sizeBytes: number;
     readonly nonzeroBytes: number;
     readonly packages?: Readonly<Record<string, string>>;
   };
-  readonly links: { readonly emulator: string; readonly description: string } & Readonly<
+  readonly links?: { readonly emulator: string; readonly description: string } & Readonly<
     Record<string, unknown>
   >;
   readonly rows: readonly Row[];
@@ -124,14 +124,32 @@ export async function writeRecord(file: string, record: unknown): Promise<void> 
 
 /** Throws bad-format, naming the file. */
 export function readRecord(file: string): BenchRecord {
-  let raw: unknown;
+  return checkedRecord(readJson(file), file);
+}
+
+/** For reading alone: the record of a file, or those of the collection that the README is made of, with `runs` in every
+ * row. Throws bad-format, naming the file. */
+export function readRecords(file: string): BenchRecord[] {
+  const raw = readJson(file);
+  const { records } = (raw ?? {}) as { records?: Readonly<Record<string, unknown>> };
+  return Object.values(records ?? { one: raw }).map((one) => {
+    const record = checkedRecord(one, file);
+    // Benches in one process have no guest, no links, and call their runs values.
+    const rows = record.rows.map((row) => ({ ...row, runs: row.runs ?? row['values'] ?? [] })) as Row[];
+    return { ...record, rows };
+  });
+}
+
+function readJson(file: string): unknown {
   try {
-    raw = JSON.parse(readFileSync(file, 'utf8'));
+    return JSON.parse(readFileSync(file, 'utf8'));
   } catch (error) {
-    throw new GridError('bad-format', `${file} is no record of a bench: ${(error as Error).message}`, {
-      cause: error,
-    });
+    const reason = (error as Error).message.replaceAll(/\s+/g, ' ');
+    throw new GridError('bad-format', `${file} is no record of a bench: ${reason}`, { cause: error });
   }
+}
+
+function checkedRecord(raw: unknown, file: string): BenchRecord {
   const record = raw as Partial<BenchRecord>;
   if (typeof record !== 'object' || record === null || !Array.isArray(record.rows))
     throw new GridError('bad-format', `${file} is no record of a bench: it has no rows`);

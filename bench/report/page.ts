@@ -73,10 +73,13 @@ async function sectionOf(record: BenchRecord): Promise<string> {
     made: record.made,
     machine: `${host.processor}, ${host.cores} cores, kernel ${host.kernel}, ${host.accelerator}, ${host.qemu}, Node ${host.node}`,
     'load before': host.load?.toFixed(2),
-    guest: `${guest.name}, sha256 ${(guest.sha256['disk'] ?? '').slice(0, 12)}, ${(guest.nonzeroBytes / 2 ** 20).toFixed(1)} MiB of data`,
+    guest:
+      guest &&
+      `${guest.name}, sha256 ${(guest.sha256['disk'] ?? '').slice(0, 12)}, ${(guest.nonzeroBytes / 2 ** 20).toFixed(1)} MiB of data`,
     links: Array.isArray(links)
       ? JSON.stringify(links)
-      : `${links.emulator}: ${links.description}; ${['lan', 'wan']
+      : links &&
+        `${links.emulator}: ${links.description}; ${['lan', 'wan']
           .filter((name) => name in links)
           .map((name) => `${name} ${String(links[name])}`)
           .join(', ')}`,

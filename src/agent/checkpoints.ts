@@ -13,7 +13,6 @@
 import { mkdir, open, readdir, readFile, rename, rm } from 'node:fs/promises';
 import path from 'node:path';
 import { sha256 } from '../core/bytes.ts';
-import type { Digest } from '../core/bytes.ts';
 import { asGridError, GridError } from '../core/errors.ts';
 import type { CarriedVolume } from '../core/grid.ts';
 import type { MachineDescription, MachineDisk, Vmm } from '../core/machine.ts';
@@ -21,12 +20,10 @@ import { isName } from '../core/manifest.ts';
 import { baseLabels } from './base-checkpoints.ts';
 import { encodeCheckpoint, parseCheckpoint } from './checkpoint-file.ts';
 import type { Checkpoint, CheckpointFacts } from './checkpoint-file.ts';
-import type { CloneDisk } from './clone-parts.ts';
 import { syncFolder } from './clone-record.ts';
-import type { CloneRecord } from './clone-record.ts';
 import type { Clones } from './clones.ts';
 import { resumeMachine } from './forks.ts';
-import type { MachineCatalog } from './machine-parts.ts';
+import type { CheckpointWork, MachineCatalog, PublishedCheckpoint } from './machine-parts.ts';
 import type { Machines } from './machines.ts';
 import { contentSeal, quickSeal } from './seals.ts';
 import { checkedVmRecord, disksOf } from './vm-record.ts';
@@ -35,27 +32,6 @@ import type { Vm, VmMemory, VmRecord, VmStatus, VmVolume } from './vm-record.ts'
 
 /** A guest that does not say a word in this time is suspended without one. */
 const ANSWER_MS = 5_000;
-
-/** Makes versions in a store; given by whoever wires the agent. */
-export interface CheckpointWork {
-  /** Throws denied, exists, and whatever the way to the store does. */
-  publish(checkpoint: {
-    readonly reference: string;
-    readonly disk: CloneDisk;
-    readonly diskRecord: CloneRecord;
-    readonly memory: CloneDisk;
-    readonly memoryRecord: CloneRecord;
-    readonly state: Buffer;
-    readonly labels: Readonly<Record<string, string>>;
-  }): Promise<PublishedCheckpoint>;
-}
-
-export interface PublishedCheckpoint {
-  readonly digest: Digest;
-  /** What the store did not have, compressed. */
-  readonly newStoredBytes: number;
-  readonly newChunks: number;
-}
 
 export interface Suspended {
   readonly id: string;
@@ -321,6 +297,10 @@ export class Checkpoints {
     keepVolumes?: KeepVolumes,
   ): Promise<PublishedCheckpoint & { readonly id: string }> {
     const ran = this.#machines.has(id);
+    if (!ran && !this.has(id))
+      throw new GridError('not-found', `there is no VM '${id}'; \`gridvfs vm ls\` lists them`);
+    // Before its guest is held for it.
+    await this.#work.check(reference);
     const volumes = ran ? this.#machines.find(id).record.volumes : this.#find(id).facts.local.vm.volumes;
     if (volumes !== undefined && volumes.length > 0 && keepVolumes === undefined) {
       const names = volumes.map(({ name }) => name).join(', ');
@@ -361,6 +341,11 @@ export class Checkpoints {
     } finally {
       if (ran) await this.resume(id);
     }
+  }
+
+  /** Throws what would keep such a checkpoint from being made. */
+  check(reference: string): Promise<void> {
+    return this.#work.check(reference);
   }
 
   #statusOf(id: string, { facts }: LocalCheckpoint): VmStatus {

@@ -1,6 +1,7 @@
 /** What the agent needs of layers and disks, which whoever wires it gives, and what a new clone is made of. */
 import type { Digest } from '../core/bytes.ts';
 import type { Image } from '../core/image.ts';
+import { GridError } from '../core/errors.ts';
 import type { CloneKind, PushedState } from './clone-record.ts';
 
 /** What a disk lies on: the digest that its lowest layer names, and folders of layers, bottom first. */
@@ -54,4 +55,12 @@ export interface CreateOptions {
   readonly detached?: Digest;
   /** Fills the clone's layer, which is there and empty, before anybody can see the clone. */
   readonly content?: (layer: CloneChain) => Promise<void>;
+}
+
+/** Of a clone that something is done to, or that is kept for somebody: `doing` as in "clone X is being <doing>". */
+export function heldError(id: string, doing: string): GridError {
+  const text = doing.startsWith('kept')
+    ? `${doing}; resume or stop that first`
+    : `being ${doing}; wait until that is done`;
+  return new GridError('in-use', `clone '${id}' is ${text}`);
 }

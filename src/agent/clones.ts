@@ -20,6 +20,7 @@ import { tryLock } from '../core/linux.ts';
 import { isName } from '../core/manifest.ts';
 import { Turns } from '../core/turns.ts';
 import { isVolatile, readRecords, syncFolder, writeRecord } from './clone-record.ts';
+import { heldError } from './clone-parts.ts';
 import type { CloneChain, CloneDisk, CloneParts, CreateOptions, DiskSnapshot } from './clone-parts.ts';
 import type { CloneRecord, PushedState } from './clone-record.ts';
 import { entryOf, fillingOf } from './clone-status.ts';
@@ -278,8 +279,7 @@ export class Clones {
   async #openShared(id: string): Promise<Image> {
     const record = this.get(id);
     const held = this.#held.get(id);
-    if (held !== undefined)
-      throw new GridError('in-use', `clone '${id}' is being ${held}; wait until that is done`);
+    if (held !== undefined) throw heldError(id, held);
     let shared = this.#open.get(id);
     if (!shared) {
       shared = new SharedImage(await this.#openDisk(record), () =>
@@ -464,8 +464,7 @@ export class Clones {
 
   #checkFree(id: string, doing: string): void {
     const held = this.#held.get(id);
-    if (held !== undefined)
-      throw new GridError('in-use', `clone '${id}' is being ${held}; wait until that is done`);
+    if (held !== undefined) throw heldError(id, held);
     if (!this.#open.has(id)) return;
     throw new GridError(
       'in-use',

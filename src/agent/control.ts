@@ -33,7 +33,8 @@ import { serveLongCalls } from './long-call.ts';
 import { serveMachines, type MachineParts } from './machine-routes.ts';
 import { serveMetrics } from './metrics.ts';
 import type { ProxyMetrics, StatusForMetrics } from './metrics.ts';
-import { body } from './schemas.ts';
+import { body, mismatchText } from './schemas.ts';
+import type { Mismatch } from './schemas.ts';
 
 /** What the socket serves; the daemon's wiring gives it. */
 export interface ControlParts extends MachineParts {
@@ -91,12 +92,12 @@ export async function serveControl(
     forceCloseConnections: true,
     // The router's own bound is 100 characters: shorter than a name may be.
     routerOptions: { maxParamLength: 2 * NAME_LENGTH_MAX },
-    ajv: { customOptions: { removeAdditional: false } },
+    ajv: { customOptions: { removeAdditional: false, verbose: true } },
   });
   app.setErrorHandler((error, _request, reply) => {
-    const validation = (error as { validation?: unknown }).validation !== undefined;
+    const { validation } = error as { validation?: readonly Mismatch[] };
     const known = validation
-      ? new GridError('bad-request', (error as Error).message)
+      ? new GridError('bad-request', mismatchText(validation, (error as Error).message))
       : asGridError(error, 'the proxy failed', 'bug');
     return reply.status(HTTP_STATUS[known.code]).send({ code: known.code, message: known.message });
   });

@@ -2,6 +2,8 @@
 import type { Digest } from '../core/bytes.ts';
 import type { Machine, MachineSegment } from '../core/machine.ts';
 import type { Manifest } from '../core/manifest.ts';
+import type { CloneDisk } from './clone-parts.ts';
+import type { CloneRecord } from './clone-record.ts';
 import type { Start } from './starts.ts';
 import type { VmMemory, VmVolume } from './vm-record.ts';
 
@@ -58,4 +60,27 @@ export interface Launch {
   begin(folder: string): Promise<Machine>;
   /** Called when the VM is on record and paused: from here on its guest runs. */
   proceed?(machine: Machine): Promise<void>;
+}
+
+/** Makes versions in a store; given by whoever wires the agent. */
+export interface CheckpointWork {
+  /** Throws what would keep it from being made: denied (no uploads), exists (the name is another thing's). */
+  check(reference: string): Promise<void>;
+  /** Throws denied, exists, and whatever the way to the store does. */
+  publish(checkpoint: {
+    readonly reference: string;
+    readonly disk: CloneDisk;
+    readonly diskRecord: CloneRecord;
+    readonly memory: CloneDisk;
+    readonly memoryRecord: CloneRecord;
+    readonly state: Buffer;
+    readonly labels: Readonly<Record<string, string>>;
+  }): Promise<PublishedCheckpoint>;
+}
+
+export interface PublishedCheckpoint {
+  readonly digest: Digest;
+  /** What the store did not have, compressed. */
+  readonly newStoredBytes: number;
+  readonly newChunks: number;
 }

@@ -13,12 +13,14 @@
  *   POST /v1/vms/:id/limits         IoLimits; what is left out has no bound
  *   POST /v1/vms/:id/checkpoint     { reference, base? } a version in the store behind the proxy; `base`: of its image
  *   POST /v1/vms/resume             { checkpoint, name?, same? } a VM that goes on from a checkpoint in the store
+ *   POST /v1/may-checkpoint         { checkpoint } fails with what would keep it from being made
  *   POST /v1/rehearse               { checkpoint } → Rehearsed: resumed once, so that its working set is known
  *   POST /v1/remove-checkpoint      { checkpoint } → { removed } takes its names away at the store
  *   POST /v1/base-checkpoint        BaseRequest → { checkpoint } from which such a VM need not boot
  */
 import type { FastifyInstance } from 'fastify';
 import { CHUNK_BYTES_MIN, KIB, LABEL_LENGTH_MAX, MIB } from '../core/limits.ts';
+import { PUBLIC_KEY_PATTERN } from '../core/machine.ts';
 import type { IoLimits } from '../core/machine.ts';
 import type { BaseRequest } from './base-checkpoints.ts';
 import type { Checkpoints } from './checkpoints.ts';
@@ -39,7 +41,12 @@ const vcpus = { type: 'integer', minimum: 1, maximum: VCPUS_MAX };
 const SSH_KEYS_MAX = 64;
 const SSH_KEY_LENGTH_MAX = 16 * KIB;
 /** A host's name in the sense of RFC 1123, with its dots. */
-const hostName = { type: 'string', pattern: '^[a-zA-Z0-9]([a-zA-Z0-9.-]*[a-zA-Z0-9])?$', maxLength: 253 };
+const hostName = {
+  type: 'string',
+  pattern: '^[a-zA-Z0-9]([a-zA-Z0-9.-]*[a-zA-Z0-9])?$',
+  maxLength: 253,
+  description: 'a host name: letters, digits, dots and hyphens',
+};
 const positive = { type: 'integer', minimum: 1, maximum: Number.MAX_SAFE_INTEGER };
 const limits = body({ bytesPerSecond: positive, operationsPerSecond: positive });
 
@@ -79,6 +86,7 @@ export function serveMachines(
           memoryBytes,
           vcpus,
           network: {
+            description: "'user', 'none' or a bridge, whose name has at most 15 characters",
             anyOf: [
               { enum: ['user', 'none'] },
               body({ bridge: { type: 'string', minLength: 1, maxLength: 15 } }, ['bridge']),
@@ -88,7 +96,7 @@ export function serveMachines(
           sshKeys: {
             type: 'array',
             maxItems: SSH_KEYS_MAX,
-            items: { type: 'string', pattern: '^[^\\r\\n]+$', maxLength: SSH_KEY_LENGTH_MAX },
+            items: { type: 'string', pattern: PUBLIC_KEY_PATTERN, maxLength: SSH_KEY_LENGTH_MAX },
           },
           hostName,
           userData: { type: 'string', maxLength: 256 * KIB },
@@ -108,6 +116,14 @@ export function serveMachines(
     '/v1/base-checkpoint',
     { schema: { body: body({ image: reference, memoryBytes, vcpus }, ['image']) } },
     async (request) => ({ checkpoint: await forks.findBase(request.body) }),
+  );
+  app.post<{ Body: { checkpoint: string } }>(
+    '/v1/may-checkpoint',
+    { schema: { body: body({ checkpoint: reference }, ['checkpoint']) } },
+    async (request) => {
+      await checkpoints.check(request.body.checkpoint);
+      return {};
+    },
   );
   app.post<{ Body: { checkpoint: string } }>(
     '/v1/rehearse',

@@ -65,7 +65,7 @@ export async function rehearse(
     const chunks = await start!.recorded;
     return { chunks, seconds: (performance.now() - startedMs) / 1000 };
   } finally {
-    await machines.stop(vm.id, 0);
+    if (machines.has(vm.id)) await machines.stop(vm.id, 0);
   }
 }
 

@@ -54,6 +54,7 @@ export function nearParents(source: ChunkSource, cache: Cache) {
   return {
     name: source.name,
     uploads: source.uploads,
+    listTags: () => source.listTags(),
     readManifest: (digest: Digest) => near.readManifest(digest),
     readTable: (digest: Digest) => near.readTable(digest),
   };

@@ -3,7 +3,8 @@ import { randomBytes } from 'node:crypto';
 import type { Command } from 'commander';
 import { baseReference } from '../agent/base-checkpoints.ts';
 import type { BaseRequest } from '../agent/base-checkpoints.ts';
-import type { PublishedCheckpoint, Suspended } from '../agent/checkpoints.ts';
+import type { Suspended } from '../agent/checkpoints.ts';
+import type { PublishedCheckpoint } from '../agent/machine-parts.ts';
 import type { ControlClient } from '../agent/client.ts';
 import type { Rehearsed } from '../agent/rehearsal.ts';
 import type { VmStatus } from '../agent/vm-record.ts';
@@ -51,9 +52,9 @@ export async function allOf<T>(ids: readonly string[], task: (id: string) => Pro
   if (failures.length === 1 && ids.length === 1) throw failures[0]!.error;
   if (failures.length > 0) {
     const [first] = failures;
-    const text = failures
-      .map(({ id, error }) => `${id}: ${error instanceof Error ? error.message : String(error)}`)
-      .join('; ');
+    const reasons = failures.map(({ error }) => (error instanceof Error ? error.message : String(error)));
+    const isOne = new Set(reasons).size === 1;
+    const text = isOne ? reasons[0]! : failures.map(({ id }, at) => `${id}: ${reasons[at]!}`).join('; ');
     const code = first!.error instanceof GridError ? first!.error.code : 'bug';
     throw new GridError(code, `${failures.length} of ${ids.length} failed: ${text}`, { cause: first!.error });
   }
@@ -103,6 +104,8 @@ async function checkpoint(client: ControlClient, vm: string | undefined, options
   const publish = (id: string, reference: string, isBase: boolean) =>
     client.call<PublishedCheckpoint>('POST', routeOf(id, 'checkpoint'), { reference, base: isBase });
   if (base === undefined) {
+    if (memory !== undefined || vcpus !== undefined)
+      throw new GridError('bad-request', '--memory and --vcpus are of a machine that --base makes');
     if (vm === undefined || to === undefined)
       throw new GridError(
         'bad-request',

@@ -7,7 +7,7 @@
 import { spawn } from 'node:child_process';
 import { setTimeout as sleep } from 'node:timers/promises';
 import type { Command } from 'commander';
-import type { PublishedCheckpoint } from '../agent/checkpoints.ts';
+import type { PublishedCheckpoint } from '../agent/machine-parts.ts';
 import type { ControlClient } from '../agent/client.ts';
 import type { VmStatus } from '../agent/vm-record.ts';
 import { asGridError, ERROR_CODES, GridError } from '../core/errors.ts';
@@ -81,6 +81,7 @@ async function move(client: ControlClient, id: string, options: MoveOptions): Pr
   // Before anything is done to it: can it arrive there at all?
   await there(options, ['vm', 'ls']);
   const reference = `${id}.moved:${Date.now().toString(36)}`;
+  await client.call('POST', '/v1/may-checkpoint', { checkpoint: reference });
   if (state !== 'suspended') await client.call('POST', routeOf(id, 'suspend'), {});
   const goOnHere = async (error: unknown): Promise<never> => {
     if (state !== 'suspended') await client.call('POST', routeOf(id, 'resume'), {});

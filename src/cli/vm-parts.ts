@@ -3,18 +3,19 @@
 import path from 'node:path';
 import type { Cache } from '../../cache/index.ts';
 import { Checkpoints } from '../agent/checkpoints.ts';
-import type { CheckpointWork } from '../agent/checkpoints.ts';
 import type { CloneRecord } from '../agent/clone-record.ts';
 import type { Clones } from '../agent/clones.ts';
 import { GridVolumes } from '../agent/grid-volumes.ts';
 import type { VolumeWork } from '../agent/grid-volumes.ts';
 import { Forks, PART_DISK, PART_STATE } from '../agent/forks.ts';
 import { Machines } from '../agent/machines.ts';
-import type { MachineCatalog } from '../agent/machine-parts.ts';
+import type { CheckpointWork, MachineCatalog } from '../agent/machine-parts.ts';
 import { createStarts } from '../agent/starts.ts';
 import { Spending } from '../agent/vm-spending.ts';
 import { Volumes } from '../agent/vm-volumes.ts';
+import { sha256 } from '../core/bytes.ts';
 import type { Digest } from '../core/bytes.ts';
+import { GridError } from '../core/errors.ts';
 import { CHUNK_BYTES_DEFAULT, MEMORY_CHUNK_BYTES } from '../core/limits.ts';
 import { parseReference } from '../core/manifest.ts';
 import type { Tag } from '../core/manifest.ts';
@@ -89,7 +90,7 @@ export async function machineWork(parts: MachineParts): Promise<MachineWork> {
     machines,
     clones,
     catalog,
-    work: checkpointWork(source),
+    work: checkpointWork(source, catalog),
     log,
   });
   let kept = new Set<string>();
@@ -140,8 +141,33 @@ async function readContent(cache: Cache, digest: Digest, lengthBytes: number): P
 /** Of the version of a disk: it says what the checkpoint's disk was made of. */
 const LABEL_CHECKPOINT = 'checkpoint';
 
-function checkpointWork(source: ChunkSource): CheckpointWork {
+function checkpointWork(source: ChunkSource, catalog: MachineCatalog): CheckpointWork {
+  const manifestAt = async (reference: string) => {
+    try {
+      return (await catalog.resolve(reference)).manifest;
+    } catch (error) {
+      if (error instanceof GridError && error.code === 'not-found') return undefined;
+      throw error;
+    }
+  };
   return {
+    async check(reference) {
+      const { name, version } = parseReference(reference);
+      const taken = (what: string, kind: string) =>
+        new GridError(
+          'exists',
+          `${what} is the name of an image of kind '${kind}'; call the checkpoint something else`,
+        );
+      const there = await manifestAt(reference);
+      if (there && there.kind !== 'memory') throw taken(reference, there.kind);
+      for (const part of [PART_DISK, PART_STATE]) {
+        const own = `${name}.${part}:${version}`;
+        const other = await manifestAt(own);
+        if (other && other.labels[LABEL_CHECKPOINT] !== `${name}:${version}`) throw taken(own, other.kind);
+      }
+      if (!source.uploads) throw new GridError('denied', `${source.name} takes no uploads`);
+      await source.uploads.findChunks([sha256(Buffer.alloc(0))]);
+    },
     async publish({ reference, disk, diskRecord, memory, memoryRecord, state, labels: more }) {
       const { name, version } = parseReference(reference);
       const labels = { [LABEL_CHECKPOINT]: `${name}:${version}` };

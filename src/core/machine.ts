@@ -29,6 +29,10 @@ export interface MachineSeed {
   readonly userData?: string;
 }
 
+/** One line of authorized_keys, as OpenSSH names its kinds of keys. (A private key's file has none.) */
+export const PUBLIC_KEY_PATTERN =
+  '^([^\\r\\n]*[ \\t])?(ssh-(rsa|ed25519)|ecdsa-sha2-nistp(256|384|521)|sk-(ssh-ed25519|ecdsa-sha2-nistp256)@openssh\\.com)[ \\t]+[A-Za-z0-9+/]+={0,3}([ \\t][^\\r\\n]*)?$';
+
 /** Everything that makes a machine, from manifest labels and the request. Recorded with a checkpoint. */
 export interface MachineDescription {
   /** Shown in process lists and as the default host name. */

@@ -4,7 +4,7 @@
  * program needs. With Node 24 or newer it loads the program in this very process; else it starts the pinned one.
  */
 import { spawn } from 'node:child_process';
-import { existsSync, realpathSync } from 'node:fs';
+import { existsSync, readFileSync, realpathSync } from 'node:fs';
 import path from 'node:path';
 import { fileURLToPath, pathToFileURL } from 'node:url';
 
@@ -12,11 +12,22 @@ const root = path.resolve(path.dirname(realpathSync(fileURLToPath(import.meta.ur
 const main = path.join(root, 'src', 'main.ts');
 const pinned = path.join(root, 'node_modules', '.bin', 'node');
 
+/** Whether a terminal's Ctrl-C goes to this process, and to its child with it. */
+function isForeground() {
+  const [, , processGroup, , , foregroundGroup] = readFileSync('/proc/self/stat', 'utf8')
+    .slice(-1_000)
+    .replace(/^.*\) /s, '')
+    .split(' ');
+  return foregroundGroup === processGroup;
+}
+
 if (existsSync(pinned) && realpathSync(process.execPath) !== realpathSync(pinned)) {
   const child = spawn(pinned, [main, ...process.argv.slice(2)], { stdio: 'inherit' });
   // Signals from the terminal reach the child by themselves; those sent to us alone are passed on.
   for (const signal of ['SIGTERM', 'SIGHUP']) process.on(signal, () => child.kill(signal));
-  process.on('SIGINT', () => {});
+  process.on('SIGINT', () => {
+    if (!isForeground()) child.kill('SIGINT');
+  });
   child.on('error', (error) => {
     process.stderr.write(`gridvfs: cannot start ${pinned}: ${error.message}\n`);
     process.exit(1);

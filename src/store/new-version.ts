@@ -95,10 +95,10 @@ export type MadeVersion = Omit<NewVersion, 'tag'> & { readonly tag?: Tag };
 /**
  * Packs what changed and publishes it, unless `beforeTag` says no. Durable when it resolves; a failure or a cancel
  * leaves the tag where it was. Throws bad-request (reference, labels, a disk that is smaller than
- * its parent), not-found (parent), in-use (collections in the way), closed (cancelled), and what the end throws.
+ * its parent), exists (the name is of another kind), not-found (parent), in-use (collections in the way), closed (cancelled), and what the end throws.
  */
 export async function makeVersion(
-  source: Pick<ChunkSource, 'readManifest' | 'readTable'>,
+  source: Pick<ChunkSource, 'listTags' | 'readManifest' | 'readTable'>,
   end: VersionEnd,
   options: NewVersionOptions,
   beforeTag: (made: MadeVersion) => Promise<boolean> = () => Promise.resolve(true),
@@ -106,6 +106,7 @@ export async function makeVersion(
   const { name, version } = parseReference(options.reference);
   const parent = options.parent === undefined ? undefined : await readParent(source, options.parent);
   const labels = labelsOf(options, parent?.manifest);
+  await checkKind(source, options.reference, kindOf(options.own, parent));
   const changes = changesOf(options, parent);
   let newChunks = 0;
   let newStoredBytes = 0;
@@ -137,6 +138,27 @@ export async function makeVersion(
 /** Throws closed. */
 export function checkCancelled({ signal, reference }: Pick<Changes, 'signal' | 'reference'>): void {
   if (signal?.aborted) throw new GridError('closed', `the making of ${reference} was cancelled`);
+}
+
+function kindOf(own: NewVersionOptions['own'], parent: Parent | undefined): ManifestKind {
+  return own?.kind ?? parent?.manifest.kind ?? 'disk';
+}
+
+/** Throws exists: whoever uses the name counts on its kind (a VM boots from a disk, goes on in memory). */
+async function checkKind(
+  source: Pick<ChunkSource, 'listTags' | 'readManifest'>,
+  reference: string,
+  kind: ManifestKind,
+): Promise<void> {
+  const { name, version } = parseReference(reference);
+  const tag = (await source.listTags()).find((one) => one.name === name && one.version === version);
+  if (!tag) return;
+  const there = parseManifest(await source.readManifest(tag.manifest), tag.manifest).kind;
+  if (there !== kind)
+    throw new GridError(
+      'exists',
+      `${reference} is the name of an image of kind '${there}'; give what is of kind '${kind}' another one`,
+    );
 }
 
 interface Parent {
@@ -204,7 +226,7 @@ function describe(
   const table = encodeChunkTable(size.chunkBytes, chunkCountOf(size), chunks);
   const { bytes, digest } = encodeManifest({
     schema: 1,
-    kind: own?.kind ?? parent?.manifest.kind ?? 'disk',
+    kind: kindOf(own, parent),
     ...size,
     table: table.digest,
     nonzeroBytes: chunks.reduce((sum, { index }) => sum + chunkLengthOf(size, index), 0),

@@ -27,7 +27,7 @@ const ROUND_BYTES = 16 * MIB;
 /** Rounds under way: while one waits for the far side, the next is read and compressed. */
 const ROUNDS_MAX = 3;
 
-type Uploading = Pick<ChunkSource, 'name' | 'readManifest' | 'readTable' | 'uploads'>;
+type Uploading = Pick<ChunkSource, 'name' | 'listTags' | 'readManifest' | 'readTable' | 'uploads'>;
 
 /** Fills `target`, a whole chunk, with the content from `offsetBytes`. Called once for each chunk. */
 type ReadChunk = (target: Uint8Array, offsetBytes: number) => Promise<void>;

@@ -7,7 +7,7 @@ import path from 'node:path';
 import { after, test } from 'node:test';
 import { compare } from '../../bench/compare.ts';
 import { fitScale, predictSeconds } from '../../bench/lib/model.ts';
-import { readRecord } from '../../bench/lib/record.ts';
+import { readRecord, readRecords } from '../../bench/lib/record.ts';
 import type { Row } from '../../bench/lib/record.ts';
 import { ratioOf, summaryOf } from '../../bench/lib/statistics.ts';
 import { chartsOf } from '../../bench/report/charts.ts';
@@ -144,9 +144,45 @@ test('a comparison says better or worse only where the difference exceeds the sp
   assert.equal(verdicts(few)['reboot wan-cold'], 'too few runs');
 });
 
+test('benches without a guest, and the collection of records, can be shown and compared', async () => {
+  const fuse = {
+    schema: 1,
+    bench: 'fuse',
+    command: 'gridvfs bench io --case fuse',
+    made: '2026-11-30',
+    host: common.host,
+    rows: [
+      {
+        case: 'fuse',
+        subject: 'served',
+        workload: 'random',
+        jobs: 4,
+        value: 2,
+        unit: 'IOPS',
+        values: [1, 2, 3],
+      },
+    ],
+  };
+  const [alone] = readRecords(write('fuse.json', fuse));
+  const file = write('all.json', { schema: 1, records: { fuse, instantiate: instantiate(1.8) } });
+  const records = readRecords(file);
+  assert.equal(records.length, 2);
+  assert.match(await pageOf(records), /random/);
+  const faster = alone!.rows.map((each) => ({ ...each, value: 20, runs: [19, 20, 21, 20, 20, 20] }));
+  const slow = alone!.rows.map((each) => ({ ...each, runs: [1, 2, 3, 2, 2, 2] }));
+  assert.deepEqual(
+    [compare(slow, faster), compare(faster, slow)].map(([row]) => row!.verdict),
+    ['better', 'worse'],
+    'more in a second is better',
+  );
+});
+
 test('a file that is no record is refused by name', () => {
   assert.throws(() => readRecord(write('bad.json', { schema: 1 })), /bad\.json is no record of a bench/);
   assert.throws(() => readRecord(write('new.json', { schema: 9, rows: [] })), /schema 9/);
+  const words = path.join(folder, 'words.md');
+  writeFileSync(words, '# words\n\nand more\n');
+  assert.throws(() => readRecords(words), /^GridError: \S+ is no record of a bench: .*$/);
 });
 
 test('the scaling model finds the parameters that made its points, and predicts from what hosts share', () => {

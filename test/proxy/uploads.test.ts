@@ -165,8 +165,9 @@ test('a tunnel that is cut in the middle of every call only delays an upload', a
       await relay.restore();
       await sending;
     };
-    const cutting: Pick<ChunkSource, 'name' | 'readManifest' | 'readTable' | 'uploads'> = {
+    const cutting: Pick<ChunkSource, 'name' | 'listTags' | 'readManifest' | 'readTable' | 'uploads'> = {
       name: source.name,
+      listTags: () => source.listTags(),
       readManifest: (digest) => source.readManifest(digest),
       readTable: (digest) => source.readTable(digest),
       uploads: {

@@ -1,7 +1,8 @@
 /** What people meet on the command line: usage errors, exit codes, keys in the wrong place. */
 import assert from 'node:assert/strict';
 import { spawn } from 'node:child_process';
-import { chmodSync, mkdirSync, writeFileSync } from 'node:fs';
+import { once } from 'node:events';
+import { chmodSync, copyFileSync, mkdirSync, writeFileSync } from 'node:fs';
 import path from 'node:path';
 import { after, suite, test } from 'node:test';
 import { World } from './world.ts';
@@ -57,6 +58,26 @@ suite('the command', () => {
     );
     assert.equal(outcome.code, 1, outcome.stderr);
     assert.match(outcome.stderr, /\[no-permission\]/);
+  });
+
+  // Fails without `kill` on SIGINT in gridvfs.mjs: the wrapper waits for a program that nobody told.
+  test('the command of a checkout passes on SIGINT that no terminal sent', async () => {
+    const store = path.join(world.folder, 'interrupted');
+    await world.json('store', 'init', store);
+    const wrapper = path.resolve(import.meta.dirname, '../../src/setup/gridvfs.mjs');
+    // Another Node than the pinned one starts that.
+    const node = path.join(world.folder, 'node');
+    copyFileSync(process.execPath, node);
+    const words = [wrapper, 'server', store, '--listen', '127.0.0.1:0', '--json'];
+    const server = spawn(node, words, { env: world.environment, stdio: ['ignore', 'pipe', 'inherit'] });
+    const ended = once(server, 'exit');
+    await once(server.stdout, 'data');
+    server.kill('SIGINT');
+    let isLate = false;
+    const late = setTimeout(() => (isLate = server.kill('SIGTERM')), 5_000);
+    const [code] = (await ended) as [number];
+    clearTimeout(late);
+    assert.deepEqual({ code, isLate }, { code: 0, isLate: false });
   });
 
   test('whoever stops reading the output is no failure', async () => {

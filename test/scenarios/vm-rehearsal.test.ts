@@ -50,6 +50,20 @@ suite('rehearsals', () => {
     return assert.fail('there is no rehearsal');
   }
 
+  // Fails without `check` in checkpoints.ts: the name would be the checkpoint's, and its guest another process.
+  test('the name of a disk is not given to a checkpoint, and nothing is done to the VM', async () => {
+    const [before] = await world.json<Vm[]>('vm', 'ls');
+    const taken = /small:1 is the name of an image of kind 'disk'/;
+    await world.refuses(1, taken, 'vm', 'checkpoint', 'one', '--to', 'small:1');
+    await world.refuses(2, /--memory and --vcpus/, 'vm', 'checkpoint', 'one', '--to', 'x:1', '--vcpus', '2');
+    await world.refuses(1, /there is no VM 'nobody'/, 'vm', 'checkpoint', 'nobody', '--to', 'x:1');
+    await world.refuses(2, /name must be up to \d+ lower-case/, 'vm', 'run', 'small:1', '--name', 'A/b');
+    const key = ['--ssh-key', world.identity];
+    await world.refuses(2, /other lines than public keys/, 'vm', 'run', 'small:1', ...key);
+    const [after] = await world.json<Vm[]>('vm', 'ls');
+    assert.equal(after!.pid, before!.pid);
+  });
+
   test('where it is not wanted nothing is resumed, and nothing known', async () => {
     assert.equal((await publish('--no-rehearsal')).rehearsal, undefined);
     assert.deepEqual(profiles(), []);
@@ -103,5 +117,15 @@ suite('rehearsals', () => {
     assert.equal(outcome.code, 0);
     assert.match(outcome.stdout, /^warm:2 is [0-9a-f]{64}\n.*\nnot rehearsed: .*--no-profile/);
     await world.json('vm', 'stop', 'one', '--now');
+    await world.json('umount', world.mountpoint);
+  });
+
+  test('where no uploads are taken, the VM is not held up for one', async () => {
+    const closed = await world.server();
+    await world.mount(closed.url, closed);
+    const { pid } = await world.json<Vm>('vm', 'run', 'small:1', '--name', 'two');
+    await world.refuses(1, /takes no uploads/, 'vm', 'checkpoint', 'two', '--to', 'two:1');
+    assert.equal((await world.json<Vm>('vm', 'show', 'two')).pid, pid);
+    await world.json('vm', 'stop', 'two', '--now');
   });
 });

@@ -9,7 +9,7 @@ import { compress } from '../../src/core/chunk.ts';
 import { encodeManifest } from '../../src/core/manifest.ts';
 import type { Manifest } from '../../src/core/manifest.ts';
 import type { NewChunk } from '../../src/core/uploads.ts';
-import { collectGarbage, openStore, uploadImage, verifyStore } from '../../src/store/index.ts';
+import { collectGarbage, openStore, uploadImage, uploadVersion, verifyStore } from '../../src/store/index.ts';
 import type { Store, UploadOptions } from '../../src/store/index.ts';
 import { makeFixtureStore } from '../suites/fixtures.ts';
 import { assertNothingTemporary, failsWith, filesOf, newStore, readBack, testFolder } from './helpers.ts';
@@ -197,10 +197,20 @@ test('a larger disk over a last chunk that was short; nothing new makes nothing;
   await assert.rejects(uploadImage(store, options([0], { read: dying })), /the disk died/);
   const readOnly: Parameters<typeof uploadImage>[0] = {
     name: 'a static server',
+    listTags: () => store.listTags(),
     readManifest: (one) => store.readManifest(one),
     readTable: (one) => store.readTable(one),
   };
   await failsWith(uploadImage(readOnly, options([0])), 'denied');
+  const memory = uploadVersion(store, {
+    reference: 'test:1',
+    kind: 'memory',
+    sizeBytes: CHUNK,
+    chunkBytes: CHUNK,
+    changed: () => [0],
+    read,
+  });
+  await failsWith(memory, 'exists');
   assert.deepEqual(await store.listTags(), tags);
   assertNothingTemporary(store);
 });
