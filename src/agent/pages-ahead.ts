@@ -8,11 +8,11 @@
  * neighbour is being fetched.) One line of Perl, as in src/vmm/qemu/page-faults.ts: a second Node is ready when the
  * guest has long gone on. Where there is no Perl, nothing is read ahead.
  */
-import { spawn } from 'node:child_process';
-import type { ChildProcess } from 'node:child_process';
 import { PassThrough } from 'node:stream';
 import type { ByteRange } from '../core/bytes.ts';
 import { MIB } from '../core/limits.ts';
+import { READ_WORDS, Spare, startPerl, tellWords } from '../core/spare.ts';
+import type { Perl } from '../core/spare.ts';
 
 /** Of one file. */
 export interface PagesAhead {
@@ -35,7 +35,9 @@ const TOTAL_BYTES_MAX = 256 * MIB;
 
 /** POSIX_FADV_RANDOM: what is asked for is read as it is, in requests as large as the mount takes, and nothing beside it. */
 const SCRIPT = `
-my ($fadvise, $name) = @ARGV;
+my ($fadvise) = @ARGV;
+${READ_WORDS}
+my ($name) = @words;
 open(my $file, '<:raw', $name) or exit 1;
 syscall($fadvise, fileno($file), 0, 0, 1);
 while (my $line = <STDIN>) {
@@ -48,24 +50,33 @@ while (my $line = <STDIN>) {
 }
 `;
 
+const ARGUMENTS = [String(FADVISE[process.arch])];
+const spare = new Spare(SCRIPT, ARGUMENTS);
+
+/** The next start need not wait for a process. */
+export function prepareToReadPages(): void {
+  if (FADVISE[process.arch] !== undefined) spare.prepare();
+}
+
 /** Begins to read `file`, which is on our own mount. Says nothing of failures: the guest's own reads will say why. */
 export function readPagesAhead(file: string): PagesAhead {
-  const number = FADVISE[process.arch];
-  if (number === undefined) return { here() {}, finish() {}, stop() {}, ended: Promise.resolve() };
+  if (FADVISE[process.arch] === undefined)
+    return { here() {}, finish() {}, stop() {}, ended: Promise.resolve() };
   const over = Promise.withResolvers<void>();
   const input = new PassThrough();
-  let child: ChildProcess | undefined;
-  // Starting a process holds this one up for some milliseconds: what the start asks of the link first goes out before.
-  const timer = setTimeout(() => {
-    const reader = spawn('perl', ['-e', SCRIPT, String(number), file], {
-      stdio: ['pipe', 'ignore', 'ignore'],
-    });
-    reader.on('error', over.resolve); // no Perl here
+  let child: Perl | undefined;
+  const begin = (reader: Perl) => {
+    reader.on('error', () => over.resolve()); // no Perl here
     reader.on('exit', () => over.resolve());
     reader.stdin.on('error', () => undefined); // it has ended
+    tellWords(reader, [file]);
     input.pipe(reader.stdin);
     child = reader;
-  }, SPAWN_MS);
+  };
+  const ready = spare.take();
+  if (ready) begin(ready);
+  // Starting a process holds this one up for some milliseconds: what the start asks of the link first goes out before.
+  const timer = ready ? undefined : setTimeout(() => begin(startPerl(SCRIPT, ARGUMENTS)), SPAWN_MS);
   let leftBytes = TOTAL_BYTES_MAX;
   let next: { startBytes: number; endBytes: number } | undefined;
   const flush = () => {

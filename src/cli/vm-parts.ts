@@ -10,6 +10,7 @@ import type { VolumeWork } from '../agent/grid-volumes.ts';
 import { Forks, PART_DISK, PART_STATE } from '../agent/forks.ts';
 import { Machines } from '../agent/machines.ts';
 import type { CheckpointWork, MachineCatalog } from '../agent/machine-parts.ts';
+import { prepareToReadPages } from '../agent/pages-ahead.ts';
 import { createStarts } from '../agent/starts.ts';
 import { Spending } from '../agent/vm-spending.ts';
 import { Volumes } from '../agent/vm-volumes.ts';
@@ -118,6 +119,8 @@ export async function machineWork(parts: MachineParts): Promise<MachineWork> {
     segments,
     forks,
     async prepare(takeover) {
+      vmm.prepare?.();
+      prepareToReadPages();
       kept = await checkpoints.load();
       if (!takeover) await machines.cleanUp(kept);
     },

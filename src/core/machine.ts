@@ -194,6 +194,9 @@ export interface Vmm {
     compatibility: MachineCompatibility,
   ): Promise<Machine>;
 
+  /** Resumes are to come: what takes time to be ready is begun. Left out where nothing does. */
+  prepare?(): void;
+
   /** The machine that an earlier process of ours started in `folder`, if it still runs: it is ours again. */
   adopt(folder: string): Promise<Machine | undefined>;
 

@@ -53,7 +53,7 @@ import { forwardPort } from './forward.ts';
 import { askGuestAgent } from './guest-agent.ts';
 import { CONSOLE_LINES, guestReady, Stopping } from '../guest.ts';
 import { adoptProcess, type RunningProcess } from '../process.ts';
-import { isOnFuse, withSmallFaults } from './page-faults.ts';
+import { isOnFuse, smallFaultsSpare, withSmallFaults } from './page-faults.ts';
 import { qemuWords, startProcess } from './process.ts';
 import { QmpClient, type QmpEvent } from './qmp.ts';
 import { makeTap, removeTap } from './tap.ts';
@@ -163,8 +163,9 @@ export class QemuMachine implements Machine {
     try {
       if (seed !== undefined) await writeFile(path.join(folder, SEED_FILE), seedImage(seed), { mode: 0o600 });
       const isFetched = from !== undefined && (await isOnFuse(from.memoryImage));
-      const command = isFetched ? await withSmallFaults(program, args) : { program, args };
-      process = await startProcess(command, folder, (text) => log(`${description.name}: ${text}`));
+      const spare = isFetched ? smallFaultsSpare?.take() : undefined;
+      const command = isFetched && !spare ? await withSmallFaults(program, args) : { program, args };
+      process = await startProcess(command, folder, (text) => log(`${description.name}: ${text}`), spare);
     } catch (error) {
       if (tap !== undefined) await removeTap(macAddress);
       throw asGridError(error, `cannot start ${program} for ${description.name}`, 'vm-failed');

@@ -14,6 +14,7 @@
  */
 import { readFile } from 'node:fs/promises';
 import { MOUNTINFO, mountOf, parseMountinfo } from '../../core/mountinfo.ts';
+import { READ_WORDS, Spare } from '../../core/spare.ts';
 import { findProgram } from '../program.ts';
 
 /** Of the kernel's headers: prctl and madvise in asm/unistd.h, the architecture in linux/audit.h. */
@@ -27,15 +28,22 @@ const NUMBERS: Partial<Record<NodeJS.Architecture, { prctl: number; madvise: num
  * allowed. PR_SET_NO_NEW_PRIVS (38) lets users other than root set it; QEMU's own sandbox does that too. A kernel
  * without seccomp starts the program all the same.
  */
-const SCRIPT = `
+const FILTER = `
 my ($prctl, $madvise, $audit) = splice @ARGV, 0, 3;
 my $filter = join '', map { pack 'SCCL', @$_ } (
   [0x20, 0, 0, 4], [0x15, 0, 5, $audit], [0x20, 0, 0, 0], [0x15, 0, 3, $madvise],
   [0x20, 0, 0, 32], [0x15, 0, 1, 14], [0x06, 0, 0, 0x00050016], [0x06, 0, 0, 0x7fff0000]);
 syscall($prctl, 38, 1, 0, 0, 0);
 syscall($prctl, 22, 2, pack 'Sx![J]P', length($filter) / 8, $filter);
-exec { $ARGV[0] } @ARGV or die "$ARGV[0]: $!\\n";
 `;
+const EXEC = 'exec { $words[0] } @words or die "$words[0]: $!\\n";';
+const SCRIPT = `${FILTER} my @words = @ARGV; ${EXEC}`;
+/** The words: where to be at home, what to write to, program and arguments. */
+const SPARE_SCRIPT = `${READ_WORDS}
+my ($home, $log) = splice @words, 0, 2;
+open STDIN, '<', '/dev/null' and open STDOUT, '>>', $log and open STDERR, '>&', *STDOUT or exit 1;
+chdir $home or die "$home: $!\\n";
+${FILTER} ${EXEC}`;
 
 export interface CommandLine {
   readonly program: string;
@@ -52,9 +60,13 @@ export async function isOnFuse(file: string): Promise<boolean> {
   return mount !== undefined && /^fuse(\.|$)/.test(mount.type);
 }
 
+const numbers = NUMBERS[process.arch];
+/** Processes that become QEMU, as `withSmallFaults` has it: told to by `tellWords` with folder, log, program, arguments. */
+export const smallFaultsSpare =
+  numbers && new Spare(SPARE_SCRIPT, [numbers.prctl, numbers.madvise, numbers.audit].map(String));
+
 /** The same program, as the same process, but for huge pages. */
 export async function withSmallFaults(program: string, args: readonly string[]): Promise<CommandLine> {
-  const numbers = NUMBERS[process.arch];
   const perl = numbers && (await findProgram('perl'));
   if (!numbers || perl === undefined) return { program, args };
   const { prctl, madvise, audit } = numbers;

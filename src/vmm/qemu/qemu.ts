@@ -9,6 +9,7 @@ import { checkCompatibility, readDeviceState } from './checkpoint.ts';
 import { UEFI_FILE } from './command-line.ts';
 import { killMachine } from './folder.ts';
 import { QemuMachine } from './machine.ts';
+import { smallFaultsSpare } from './page-faults.ts';
 
 export interface QemuOptions {
   /** Name or path of the program; by default qemu-system-x86_64 from PATH. */
@@ -57,6 +58,7 @@ export function createQemu(options: QemuOptions = {}): Vmm {
       const from = { machine: compatibility.machine, memoryImage: files.memory, deviceState };
       return QemuMachine.start({ program, accelerator, description, folder, log, from });
     },
+    prepare: () => smallFaultsSpare?.prepare(),
     adopt: (folder) => QemuMachine.adopt(folder, log),
     endLost: killMachine,
   };
