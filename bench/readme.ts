@@ -60,7 +60,7 @@ export const SECTIONS: Readonly<Record<string, Section>> = {
   instantiate: {
     title: 'Cold and warm starts',
     words:
-      'Seconds from the request until the guest answers; ratio to local; in 2003: the ratio of the table that founded the field.',
+      'Seconds from the request until the guest answers; ratio to local; in 2003: the ratio of the table that founded the field. A cold resume has the working set that the publication of its checkpoint left at the origin; with `profile`, the one that another cold resume left; with `unknown`, none. A cold reboot has one with `profile` alone.',
     columns: {
       what: (row) => row.case,
       from: field('subject'),
