@@ -33,6 +33,8 @@ import { startGrid, startLocal } from './lib/starts.ts';
 import type { Start } from './lib/starts.ts';
 import { EMULATORS, parseLink } from './link/network.ts';
 
+/** Of the rounds, those in which an application runs too: it takes as long as a boot, and its time spreads less. */
+const APPLICATION_RUNS = 9;
 const DEMO = process.env['GRIDVFS_BENCH_AS'] === 'demo';
 
 function options() {
@@ -72,7 +74,7 @@ function options() {
   return {
     guest,
     emulator,
-    runs: count('runs', quick ? 5 : 13),
+    runs: { reboot: count('runs', quick ? 5 : 23), resume: count('runs', quick ? 5 : 13) },
     coldRuns: count('cold-runs', quick ? 1 : 3),
     links: [parseLink('lan', values.lan), parseLink('wan', values.wan)],
     asked: { lan: values.lan, wan: values.wan },
@@ -144,7 +146,7 @@ function fewReboots({ runs }: Settings): Omit<Step, 'kind'>[] {
   return [
     { subject: 'local', run: local, counted: true },
     { subject: 'lan-cold', run, counted: false },
-    ...counted(Array.from({ length: Math.min(runs, 2) }, () => ({ subject: 'lan-warm', run }))),
+    ...counted(Array.from({ length: Math.min(runs.reboot, 2) }, () => ({ subject: 'lan-warm', run }))),
   ];
 }
 
@@ -196,7 +198,7 @@ function resumesOf({ runs, coldRuns }: Settings, checkpoints: Checkpoints): Omit
     { ...warm('lan'), counted: false },
     firstOf('wan'),
     { ...warm('wan'), counted: false },
-    ...rounds(runs, [local, warm('lan'), warm('wan')]),
+    ...rounds(runs.resume, [local, warm('lan'), warm('wan')]),
     { subject: 'lan-cold-recording', run: record, counted: false },
     // Twice as many as of the reboots: a second each.
     ...Array.from({ length: 2 * coldRuns }, (_, round) =>
@@ -216,15 +218,20 @@ function resumesOf({ runs, coldRuns }: Settings, checkpoints: Checkpoints): Omit
  * records the profile, and the cold ones again, with and without it.
  */
 function rebootsOf({ runs, coldRuns, full, application }: Settings): Omit<Step, 'kind'>[] {
-  const local = (scene: Scene, number: number) => startLocal(scene, { name: `local-${number}`, application });
-  const warm = (link: string) => ({
-    subject: `${link}-warm`,
-    run: grid(link, `cache-${link}`, { application }),
+  const local = (applied: boolean) => ({
+    subject: 'local',
+    run: (scene: Scene, number: number) =>
+      startLocal(scene, { name: `local-${number}`, application: applied }),
   });
-  const round = [{ subject: 'local', run: local }, warm('lan'), warm('wan')];
+  const warm = (link: string, applied: boolean) => ({
+    subject: `${link}-warm`,
+    run: grid(link, `cache-${link}`, { application: applied }),
+  });
+  const round = (applied: boolean) => [local(applied), warm('lan', applied), warm('wan', applied)];
+  const withApplication = application ? Math.min(APPLICATION_RUNS, runs.reboot) : 0;
   const first = (link: string): Omit<Step, 'kind'>[] => [
     { subject: `${link}-cold`, run: grid(link, `cache-${link}`, { application }), counted: true },
-    { ...warm(link), counted: false },
+    { ...warm(link, application), counted: false },
   ];
   const again = (coldRound: number): Omit<Step, 'kind'>[] =>
     counted([
@@ -237,10 +244,11 @@ function rebootsOf({ runs, coldRuns, full, application }: Settings): Omit<Step, 
       })),
     ]);
   return [
-    { subject: 'local', run: local, counted: false },
+    { ...local(application), counted: false },
     ...first('lan'),
     ...first('wan'),
-    ...rounds(runs, round),
+    ...rounds(withApplication, round(true)),
+    ...rounds(runs.reboot - withApplication, round(false)),
     { subject: 'lan-warm-recording', run: grid('lan', 'cache-lan', { profile: true }), counted: false },
     ...Array.from({ length: coldRuns }, (_, coldRound) => again(coldRound)).flat(),
     ...(full

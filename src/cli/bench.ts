@@ -18,7 +18,8 @@ const LINK_HELP = `  --lan <rtt,rate>          the LAN link (default: 0.2ms,1gbi
 const INSTANTIATE_HELP = `
 Options:
   --guest small|debian      small: a few MiB, boots in seconds; debian: the full multi-user system (default: small)
-  --runs <count>            rounds of local, LAN warm, WAN warm, interleaved (default: 13; demo and --quick: 5)
+  --runs <count>            rounds of local, LAN warm, WAN warm, interleaved (default: 23 of reboots, 13 of
+                            resumes; demo and --quick: 5 of each)
   --cold-runs <count>       rounds of the cold starts (default: 3; demo and --quick: 1)
 ${LINK_HELP} (default: packets; demo: relay)
   --quick                   fewer runs: less than five minutes
