@@ -3,9 +3,9 @@
  * version, against importing that disk whole. One per cent of its blocks each time:
  *   installed    by a package installation: files of this host, a package's worth at a time, written under another
  *                name, fsynced, renamed, through the kernel's ext4 on the clone's disk on a mount of its own
- *   in runs      of 1 MiB … 4 KiB, scattered evenly over the disk. Single blocks touch nearly half of all chunks;
- *                what has to be done with those at the least (a chunk's name is its SHA-256) stands below
- *   base here    the same blocks, where the chunks around them are in the host's cache
+ *   in runs      of 1 MiB … 4 KiB, scattered evenly over the disk. Single blocks touch nearly half of all chunks
+ *   over that    once more, other blocks of the version that the single blocks made: patches meet
+ *   base here    single blocks, where the chunks around them are in the host's cache
  *
  * In one process with the real parts, except for the installation; page cache warm. `--size` sets the image's size.
  * Root, for the loop device.
@@ -29,8 +29,6 @@ import { parseArgs, promisify } from 'node:util';
 import { ControlClient } from '../src/agent/client.ts';
 import type { CloneStatus } from '../src/agent/clone-status.ts';
 import { parseBytes } from '../src/cli/kit.ts';
-import { sha256 } from '../src/core/bytes.ts';
-import { compress } from '../src/core/chunk.ts';
 import { CHUNK_BYTES_DEFAULT, GIB, KIB, LAYER_BLOCK_BYTES, MIB } from '../src/core/limits.ts';
 import { syncFileSystem } from '../src/core/linux.ts';
 import { blockChangeOf, changedUnits, createLayerOver, openChain, openClone } from '../src/image/index.ts';
@@ -88,36 +86,38 @@ function rowsOf(
   ];
 }
 
+/** Scattered runs over version `parent`, committed. `baseHere`: what lies around them is in the host's cache. */
 async function runRows(
   folder: string,
-  world: CloneWorld,
-  runBytes: number,
-  isBaseHere: boolean,
-): Promise<Row[]> {
-  const { store, cache, digest, importMs, sizeBytes } = world;
-  const layer = path.join(folder, `layer-${runBytes}-${isBaseHere}`);
-  await createLayerOver(layer, { base: digest, layers: [] }, sizeBytes);
-  const clone = openClone(await cache.openImage(digest), await openChain({ base: digest, layers: [layer] }));
-  const random = randomOf(runBytes + Number(isBaseHere));
+  { store, cache, importMs, sizeBytes }: CloneWorld,
+  { parent, runBytes, baseHere }: { parent: string; runBytes: number; baseHere: boolean },
+  what: string,
+): Promise<{ digest: string; rows: Row[] }> {
+  const name = `run-${++runs}`;
+  const layer = path.join(folder, `layer-${name}`);
+  await createLayerOver(layer, { base: parent, layers: [] }, sizeBytes);
+  const clone = openClone(await cache.openImage(parent), await openChain({ base: parent, layers: [layer] }));
+  const random = randomOf(runs);
   const around = Buffer.alloc(CHUNK_BYTES_DEFAULT);
   for (let done = 0; done < sizeBytes / 100; done += runBytes) {
     const bytes = Buffer.alloc(runBytes);
     for (let i = 0; i < runBytes; i += 4) bytes.writeUInt32LE(Math.floor(random() * 2 ** 16), i);
     const at = Math.floor((random() * sizeBytes) / runBytes) * runBytes;
-    if (isBaseHere) await clone.read(around, at - (at % around.length));
+    if (baseHere) await clone.read(around, at - (at % around.length));
     await clone.write(bytes, at);
   }
   await clone.flush();
   syncFileSystem(clone.direct.layer!.dataFd); // what was written before is not waited for within the time
   const startMs = performance.now();
-  const result = await commitImage(store, commitOf(clone, digest, `base:run-${runBytes}-${isBaseHere}`));
+  const result = await commitImage(store, commitOf(clone, parent, `base:${name}`));
   const seconds = (performance.now() - startMs) / 1000;
   const { dataBlocks } = clone.statistics();
   await clone.close();
   await rm(layer, { recursive: true });
-  const what = `1 % in runs of ${runBytes / KIB} KiB${isBaseHere ? ', base here' : ''}`;
-  return rowsOf(what, seconds, importMs, result, dataBlocks * BLOCK);
+  return { digest: result.digest, rows: rowsOf(what, seconds, importMs, result, dataBlocks * BLOCK) };
 }
+
+let runs = 0;
 
 function commitOf(clone: Clone, parent: string, reference: string): Parameters<typeof commitImage>[1] {
   return {
@@ -129,26 +129,6 @@ function commitOf(clone: Clone, parent: string, reference: string): Parameters<t
     read: (target, offsetBytes) => clone.read(target, offsetBytes),
     readHere: (target, offsetBytes) => clone.readHere(target, offsetBytes),
   };
-}
-
-/** What no design does without that names chunks by their SHA-256, and what it takes with the compression. */
-function leastRows(chunks: number, importMs: number): Row[] {
-  const random = randomOf(5);
-  const samples = Array.from({ length: 400 }, () => {
-    const bytes = Buffer.alloc(CHUNK_BYTES_DEFAULT);
-    for (let i = 0; i < bytes.length; i += 4) bytes.writeUInt32LE(Math.floor(random() * 2 ** 16), i);
-    return bytes;
-  });
-  const of = (subject: string, work: (bytes: Buffer) => unknown): Row => {
-    const startMs = performance.now();
-    for (const bytes of samples) work(bytes);
-    const ms = ((performance.now() - startMs) * chunks) / samples.length / os.availableParallelism();
-    return { case: 'commit', subject, value: ms / 1000, unit: 's', ratio: ms / importMs };
-  };
-  return [
-    of('  SHA-256 alone of the changed chunks, on all processors', sha256),
-    of('  and zstd', (bytes) => [sha256(bytes), compress(bytes)]),
-  ];
 }
 
 /** Files of this host below `folder`, folder by folder, as long as `budget` has bytes. */
@@ -247,12 +227,25 @@ try {
       ratio: 1,
     });
     rows.push(...(await installedRows(folder, world)));
-    for (const runBytes of [1 * MIB, 256 * KIB, 64 * KIB, 4 * KIB]) {
-      rows.push(...(await runRows(folder, world, runBytes, false)));
+    const { digest: parent } = world;
+    for (const runBytes of [1 * MIB, 256 * KIB, 64 * KIB, 16 * KIB]) {
+      const what = `1 % in runs of ${runBytes / KIB} KiB`;
+      rows.push(...(await runRows(folder, world, { parent, runBytes, baseHere: false }, what)).rows);
     }
-    const chunks = rows.findLast(({ subject }) => subject === '  chunks changed')!.value;
-    rows.push(...leastRows(chunks, importMs));
-    rows.push(...(await runRows(folder, world, 4 * KIB, true)));
+    const single = { parent, runBytes: 4 * KIB, baseHere: false };
+    const first = await runRows(folder, world, single, '1 % in single blocks');
+    rows.push(...first.rows);
+    const again = await runRows(
+      folder,
+      world,
+      { ...single, parent: first.digest },
+      'another 1 % in single blocks, over that version',
+    );
+    rows.push(...again.rows);
+    rows.push(
+      ...(await runRows(folder, world, { ...single, baseHere: true }, '1 % in single blocks, base here'))
+        .rows,
+    );
   } finally {
     await world.close();
   }

@@ -29,6 +29,7 @@ import { Pins } from './pins.ts';
 import type { PrefetchOptions } from './prefetch.ts';
 import { Profiles } from './profiles.ts';
 import type { StartRecording } from './profiles.ts';
+import { newPacks } from './chunk-way.ts';
 import { Siblings } from './siblings.ts';
 import { Space } from './space.ts';
 import { localImages, statusOf } from './status.ts';
@@ -98,6 +99,7 @@ export class Cache {
   readonly #fetcher: Fetcher;
   readonly #quiet: QuietPoints;
   readonly #siblings: Siblings;
+  readonly #packs = newPacks();
   readonly #eviction: Eviction;
   readonly #profiles: Profiles;
   readonly #pins: Pins;
@@ -186,6 +188,14 @@ export class Cache {
     this.#checkOpen();
     checkDigest(digest);
     return (await this.#catalog.manifest(digest)).value;
+  }
+
+  /** Manifests and chunk tables as a source has them, from here or the source; no image is opened for it (`asSource`). */
+  get descriptions(): Pick<ChunkSource, 'readManifest' | 'readTable'> {
+    return {
+      readManifest: async (digest) => (await this.#catalog.manifest(checkDigest(digest))).bytes,
+      readTable: async (digest) => (await this.#catalog.table(checkDigest(digest))).bytes,
+    };
   }
 
   /**
@@ -409,6 +419,7 @@ export class Cache {
       space: this.#space,
       quiet: this.#quiet,
       siblings: this.#siblings,
+      packs: this.#packs,
       figures: this.#figuresOf(digest, table.count),
       isPinned: (index: number) => this.#pins.covers(digest, index),
       log: this.#log,

@@ -25,30 +25,26 @@
 import type { Digest } from '../src/core/bytes.ts';
 import type { ChunkRef } from '../src/core/chunk.ts';
 import type { ChunkTable } from '../src/core/chunk-table.ts';
-import { GridError, invariant } from '../src/core/errors.ts';
+import { GridError } from '../src/core/errors.ts';
 import { UNIT_ABSENT, UNIT_PRESENT, UNIT_UNVERIFIED } from '../src/core/image.ts';
 import type { DirectMap } from '../src/core/image.ts';
 import { CACHE_WRITE_BEHIND_BYTES_MAX } from '../src/core/limits.ts';
 import { chunkLengthOf } from '../src/core/manifest.ts';
 import type { Manifest } from '../src/core/manifest.ts';
 import type { QuietPoints } from '../src/core/quiet.ts';
+import { ChunkWay } from './chunk-way.ts';
+import type { WayContext } from './chunk-way.ts';
 import { ChunkStates, UNIT_AHEAD, UNIT_EVICTING } from './chunk-states.ts';
 import type { UseListener } from './chunk-states.ts';
-import type { Fetcher } from './fetcher.ts';
 import type { ImageFigures } from './figures.ts';
 import { diskBytesOf, ImageDisk } from './image-disk.ts';
 import { ReadAhead } from './read-ahead.ts';
 import { ReadAround } from './read-around.ts';
-import type { Sibling, Siblings } from './siblings.ts';
-import type { Space } from './space.ts';
+import type { Sibling } from './siblings.ts';
 
 /** What an ImageFile needs of its cache. */
-export interface ImageContext {
-  readonly fetcher: Fetcher;
-  readonly space: Space;
+export interface ImageContext extends WayContext {
   readonly quiet: QuietPoints;
-  readonly siblings: Siblings;
-  readonly figures: ImageFigures;
   /** Whether this chunk is pinned. */
   isPinned(index: number): boolean;
   readonly log: (message: string) => void;
@@ -81,6 +77,7 @@ export class ImageFile {
 
   readonly #context: ImageContext;
   readonly #disk: ImageDisk;
+  readonly #way: ChunkWay;
   readonly #readAhead: ReadAhead;
   readonly readAround: ReadAround;
   readonly #flights = new Map<number, Flight>();
@@ -109,6 +106,7 @@ export class ImageFile {
     this.figures = context.figures;
     this.states = new ChunkStates(manifest, table, context.figures.notes);
     this.#context = context;
+    this.#way = new ChunkWay(this, manifest, table, context);
     this.#readAhead = new ReadAhead(manifest.kind, table.count, (index) => table.entryOf(index) < 0);
     this.readAround = new ReadAround(this, context.fetcher, {
       underWay: (index) => this.#flights.has(index),
@@ -138,16 +136,6 @@ export class ImageFile {
 
   get claimed(): boolean {
     return this.#claims > 0;
-  }
-
-  refOf(index: number): ChunkRef {
-    const entry = this.table.entryOf(index);
-    invariant(entry >= 0, 'a chunk of zeros is never fetched');
-    return {
-      digest: this.table.digestOfEntry(entry),
-      plainBytes: chunkLengthOf(this.manifest, index),
-      storedBytes: this.table.storedBytesOfEntry(entry),
-    };
   }
 
   /** Fills `target`; what is not here is fetched first. Throws bad-request, closed, and what a fetch throws. */
@@ -236,8 +224,7 @@ export class ImageFile {
    * throws. False when it is here already. */
   async prefetch(index: number, rank = 0): Promise<boolean> {
     if (this.states.get(index) !== UNIT_ABSENT) return false;
-    if (this.#flights.has(index) && this.table.entryOf(index) >= 0)
-      this.#context.fetcher.hasten(this.refOf(index), rank);
+    if (this.#flights.has(index) && this.table.entryOf(index) >= 0) this.#way.hasten(index, rank);
     const flight = this.#obtain(index, false, rank);
     await flight.plain;
     await flight.stored;
@@ -246,7 +233,7 @@ export class ImageFile {
 
   /** A prefetch that nobody wants any more; ends it if it has not gone out. */
   cancelPrefetch(index: number): void {
-    if (this.#flights.get(index)?.demanded === false) this.#context.fetcher.drop(this.refOf(index));
+    if (this.#flights.get(index)?.demanded === false) this.#way.drop(index);
   }
 
   /** Hashes a chunk that is here; a damaged one is fetched again and counted. Throws what the fetch throws. */
@@ -274,7 +261,7 @@ export class ImageFile {
     flight.marked = false;
     if (this.table.entryOf(index) >= 0) {
       if (!this.states.isHere(index)) this.figures.missedChunks++;
-      this.#context.fetcher.promote(this.refOf(index));
+      this.#way.promote(index);
     }
     this.#readOn(index);
     return flight;
@@ -282,7 +269,6 @@ export class ImageFile {
 
   async #fly(index: number, flight: Flight, rank: number): Promise<Buffer> {
     if (this.#closed) throw this.#closedError();
-    const { space, siblings, fetcher } = this.#context;
     // UNVERIFIED, or a worker has just hashed it.
     if (this.states.isHere(index)) {
       const plain = await this.#verify(index);
@@ -291,37 +277,23 @@ export class ImageFile {
         return plain;
       }
     }
-    const ref = this.refOf(index);
-    const kept = space.memory.get(ref.digest);
-    let plain = kept?.length === ref.plainBytes ? kept : undefined;
-    let sibling: Sibling | undefined;
-    if (!plain) {
-      sibling = await siblings.find(this, index, ref);
-      plain = sibling?.plain;
-      if (plain) {
-        this.figures.savedChunks++;
-        this.figures.savedBytes += plain.length;
-      }
+    const ref = this.#way.refOf(index);
+    const priority = () => (flight.demanded ? 'demand' : 'prefetch');
+    const { plain, sibling, fetched } = await this.#way.obtain(index, ref, priority, rank);
+    if (fetched === 'prefetch') {
+      this.figures.prefetchedChunks++;
+      this.figures.prefetchedBytes += plain.length;
+      this.states.notePrefetched(index);
     }
-    if (!plain) {
-      const early = !flight.demanded;
-      plain = await fetcher.fetch(ref, this.figures, early ? 'prefetch' : 'demand', rank);
-      if (early) {
-        this.figures.prefetchedChunks++;
-        this.figures.prefetchedBytes += plain.length;
-        this.states.notePrefetched(index);
-      }
-    }
-    const bytes = plain;
-    const storing = this.#store(index, ref, bytes, flight, sibling).finally(() => {
-      fetcher.settled(ref);
+    const storing = this.#store(index, ref, plain, flight, sibling).finally(() => {
+      this.#way.settled(ref);
       this.#flights.delete(index);
       this.#stores.delete(storing);
     });
     flight.stored = storing;
     this.#stores.add(storing);
     if (this.#storingBytes > CACHE_WRITE_BEHIND_BYTES_MAX) await storing;
-    return bytes;
+    return plain;
   }
 
   /** Bytes of a chunk that is here, which becomes PRESENT; undefined when it is wrong and has to be fetched. */
@@ -464,6 +436,11 @@ export class ImageFile {
     const loan = work(fd).catch(() => undefined);
     this.#loans.add(loan);
     return loan.finally(() => this.#loans.delete(loan));
+  }
+
+  /** Bytes of a chunk that is here, when they are what its record says. */
+  readChecked(index: number): Promise<Buffer | undefined> {
+    return this.lend(() => this.#disk.readChecked(index));
   }
 
   /** What is written so far is on the disk and in the map, if the disk takes it. */

@@ -2,7 +2,8 @@
  * A cache as a source for others: a site's cache in front of the origin, behind the caches of its hosts. It gives
  * what it has, and fetches and keeps what it lacks. Chunks are asked for by digest alone, so it has to know where
  * each lies: an image is known once its table was asked for here, or when it was in the folder already. A chunk of
- * no known image is passed through and not kept.
+ * no known image is passed through and not kept. Of an image with patched chunks (core/patch.ts) hosts ask for the chunks
+ * below, which are its parent's, or that one's: these become known with it. Packs are passed through.
  *
  * Memory: 4 bytes per chunk that is not zero, times 2 to 4 for the free slots of the hash table.
  */
@@ -69,7 +70,10 @@ export class Tier implements ChunkSource {
   async readTable(digest: Digest): Promise<Buffer> {
     const { bytes, value } = await this.#cache.tableBytes(digest);
     const manifest = this.#manifestsByTable.get(digest);
-    if (manifest !== undefined) await this.#learn(manifest, value);
+    if (manifest !== undefined) {
+      await this.#learn(manifest, value);
+      if (value.patchCount > 0) await this.#learnParents(manifest);
+    }
     return bytes;
   }
 
@@ -164,11 +168,35 @@ export class Tier implements ChunkSource {
   #learn(manifest: Digest, table: ChunkTable): Promise<KnownImage> {
     let known = this.#images.get(manifest);
     if (!known) {
-      known = this.#cache.openImage(manifest).then((image) => ({ image, where: new DigestIndex(table) }));
+      known = this.#open(manifest, table);
       this.#images.set(manifest, known);
       known.catch(() => this.#images.delete(manifest));
     }
     return known;
+  }
+
+  async #open(manifest: Digest, table: ChunkTable): Promise<KnownImage> {
+    const image = await this.#cache.openImage(manifest);
+    if (this.#abort.signal.aborted) {
+      await image.close();
+      throw new GridError('closed', `${this.name} was closed`);
+    }
+    return { image, where: new DigestIndex(table) };
+  }
+
+  /** The images whose chunks lie below the patched ones of this one: its parent, and on from one that is patched itself. One
+   * that the source has no longer is nobody's trouble: its chunks are passed through. */
+  async #learnParents(manifest: Digest): Promise<void> {
+    try {
+      const { value } = await this.#cache.manifestBytes(manifest);
+      if (value.parent === undefined) return;
+      const { table: name } = (await this.#cache.manifestBytes(value.parent)).value;
+      const table = (await this.#cache.tableBytes(name)).value;
+      await this.#learn(value.parent, table);
+      if (table.patchCount > 0) await this.#learnParents(value.parent);
+    } catch {
+      // See above.
+    }
   }
 
   /** A host that knows its manifest and table already asks for chunks at once. */

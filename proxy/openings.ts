@@ -141,7 +141,9 @@ async function tableOf(source: ChunkSource, manifest: Manifest): Promise<Opening
     bytes: compress(plain),
   };
   if (manifest.sizeBytes > CONTENT_BYTES_MAX) return [table];
-  const entries = [...ChunkTable.parse(plain, manifest.table).entries()];
+  const parsed = ChunkTable.parse(plain, manifest.table);
+  if (parsed.patchCount > 0) return [table];
+  const entries = [...parsed.entries()];
   const storedBytes = entries.reduce((sum, entry) => sum + entry.storedBytes, 0);
   if (entries.length === 0 || storedBytes > CONTENT_STORED_BYTES_MAX) return [table];
   const refs = entries.map((entry): ChunkRef => {

@@ -13,7 +13,7 @@ const ROOT = path.resolve(import.meta.dirname, '..');
 /** Folders whose files form one unit, with the packages each may import. */
 const FOLDERS: Record<string, { packages: string[]; folders?: string[] }> = {
   'src/core': { packages: ['koffi', 'xxhash-wasm'] },
-  'src/store': { packages: [] },
+  'src/store': { packages: ['lru-cache'] },
   'src/image': { packages: ['tar-stream'] },
   'src/frontend/fuse': { packages: ['koffi', 'fuse-native'] },
   'src/vmm': { packages: [] },

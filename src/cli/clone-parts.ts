@@ -17,6 +17,7 @@ import type { Manifest } from '../core/manifest.ts';
 import { QuietPoints } from '../core/quiet.ts';
 import type { ChunkSource } from '../core/source.ts';
 import {
+  blockChangeIn,
   blockChangeOf,
   changedUnits,
   changedUnitsOf,
@@ -112,7 +113,7 @@ function diskOf(
 /** Where an image is not zeros. */
 async function dataRangesOf(cache: Cache, image: Digest): Promise<[start: number, end: number][]> {
   const manifest = await cache.readManifest(image);
-  const table = ChunkTable.parse(await cache.asSource().readTable(manifest.table), manifest.table);
+  const table = ChunkTable.parse(await cache.descriptions.readTable(manifest.table), manifest.table);
   return [...table.extents()].map(([first, chunks]) => [
     first * manifest.chunkBytes,
     Math.min((first + chunks) * manifest.chunkBytes, manifest.sizeBytes),
@@ -148,6 +149,7 @@ export function cloneWork(parts: CloneWorkParts): CloneWork & MomentWork {
       const standalone = record.detached !== undefined;
       const options = {
         ...control,
+        isChanged: blockChangeOf(clone, standalone),
         parent: record.base,
         reference: request.reference,
         sizeBytes: disk.sizeBytes,
@@ -164,7 +166,6 @@ export function cloneWork(parts: CloneWorkParts): CloneWork & MomentWork {
           : await withStore(folder, (store) =>
               commitImage(store, {
                 ...options,
-                isChanged: blockChangeOf(clone, standalone),
                 readHere: (target, offsetBytes) => clone.readHere(target, offsetBytes),
               }),
             );
@@ -184,6 +185,7 @@ export function cloneWork(parts: CloneWorkParts): CloneWork & MomentWork {
         reference,
         sizeBytes: disk.sizeBytes,
         changed: (chunkBytes) => changedUnitsOf(disk.states, chunkBytes, standalone),
+        isChanged: blockChangeIn(disk.states, standalone),
         standalone,
         read: (target, offsetBytes) => disk.readOnce(target, offsetBytes),
         labels: { ...provenanceOf(record), ...labels },

@@ -23,13 +23,16 @@ import type { LongTask } from '../agent/long-call.ts';
 import { isAllZero } from '../core/bytes.ts';
 import type { Digest } from '../core/bytes.ts';
 import { ChunkTable } from '../core/chunk-table.ts';
+import type { ChunkEntry } from '../core/chunk-table.ts';
 import { GridError } from '../core/errors.ts';
 import type { Image } from '../core/image.ts';
 import { LAYER_BLOCK_BYTES } from '../core/limits.ts';
 import { chunkLengthOf, isName, LABEL_PUSH_LINEAGE, parseReference } from '../core/manifest.ts';
 import type { Manifest } from '../core/manifest.ts';
+import { bitsOf, countOf } from '../core/patch.ts';
+import type { Patch } from '../core/patch.ts';
 import type { ChunkSource } from '../core/source.ts';
-import { changedUnitsOf, openChain, openClone, zeroImage } from '../image/index.ts';
+import { blockChangeIn, changedUnitsOf, openChain, openClone, zeroImage } from '../image/index.ts';
 import type { Chain, Clone, Snapshot } from '../image/index.ts';
 import { uploadImage } from '../store/index.ts';
 
@@ -50,13 +53,12 @@ export interface PushParts {
 
 /** The source with what clones were made of from the cache: only what is new goes to the source itself. */
 export function nearParents(source: ChunkSource, cache: Cache) {
-  const near = cache.asSource();
   return {
+    ...cache.descriptions,
     name: source.name,
     uploads: source.uploads,
     listTags: () => source.listTags(),
-    readManifest: (digest: Digest) => near.readManifest(digest),
-    readTable: (digest: Digest) => near.readTable(digest),
+    readChunks: source.readChunks.bind(source),
   };
 }
 
@@ -93,6 +95,7 @@ export function pushWork({ cache, clones, source }: PushParts): Pick<CloneWork, 
         expected,
         sizeBytes: disk.sizeBytes,
         changed: (chunkBytes) => changedUnitsOf(disk.states, chunkBytes, standalone),
+        isChanged: blockChangeIn(disk.states, standalone),
         standalone,
         read: (target, offsetBytes) => disk.readOnce(target, offsetBytes),
         labels: {
@@ -138,7 +141,7 @@ export function pushWork({ cache, clones, source }: PushParts): Pick<CloneWork, 
       }
       const base = await baseOf(digest, manifest);
       const pieces = await differing(manifest, base.manifest);
-      const bytes = pieces.reduce((sum, index) => sum + chunkLengthOf(manifest, index), 0);
+      const bytes = pieces.reduce((sum, piece) => sum + bytesOf(piece, manifest), 0);
       const { freeBytes } = await clones.space();
       if (bytes > freeBytes) {
         throw new GridError(
@@ -203,17 +206,39 @@ export function pushWork({ cache, clones, source }: PushParts): Pick<CloneWork, 
     }
   }
 
-  /** Numbers of the chunks that are another than the base's; without a base, of those that are not zeros. */
-  async function differing(manifest: Manifest, base: Manifest | undefined): Promise<number[]> {
-    const near = cache.asSource();
-    const table = ChunkTable.parse(await near.readTable(manifest.table), manifest.table);
-    if (!base) return [...table.entries()].map(({ index }) => index);
-    const below = ChunkTable.parse(await near.readTable(base.table), base.table);
-    const numbers = new Set<number>();
-    for (const { index, digest } of table.entries()) if (below.digestOf(index) !== digest) numbers.add(index);
-    for (const { index } of below.entries()) if (table.digestOf(index) === undefined) numbers.add(index);
-    return [...numbers].toSorted((a, b) => a - b);
+  /** The chunks that are another than the base's; without a base, those that are not zeros. */
+  async function differing(manifest: Manifest, base: Manifest | undefined): Promise<Piece[]> {
+    const tableOf = async ({ table }: Manifest) =>
+      ChunkTable.parse(await cache.descriptions.readTable(table), table);
+    const table = await tableOf(manifest);
+    if (!base) return [...table.entries()].map(({ index }) => ({ index }));
+    const below = await tableOf(base);
+    const pieces: Piece[] = [];
+    for (const { index, digest, patch } of table.entries()) {
+      const there = below.at(index);
+      if (there?.digest === digest) continue;
+      // Only what is patched becomes the layer's: the next push is to find the same patches.
+      const isOver = patch && there && isPatchOver(patch, there);
+      pieces.push(isOver ? { index, blocks: patch.data | patch.zero } : { index });
+    }
+    for (const { index } of below.entries()) if (table.at(index) === undefined) pieces.push({ index });
+    return pieces.toSorted((one, other) => one.index - other.index);
   }
+}
+
+/** A chunk of a pulled version, or some of its blocks (a bit each). */
+interface Piece {
+  readonly index: number;
+  readonly blocks?: bigint;
+}
+
+const bytesOf = ({ index, blocks }: Piece, manifest: Manifest) =>
+  blocks === undefined ? chunkLengthOf(manifest, index) : countOf(blocks) * LAYER_BLOCK_BYTES;
+
+/** Whether `there` differs from what `patch` makes in the patch's blocks alone. */
+function isPatchOver(patch: Patch, there: ChunkEntry): boolean {
+  const { base, data, zero } = there.patch ?? { base: there, data: 0n, zero: 0n };
+  return patch.base.digest === base.digest && ((data | zero) & ~(patch.data | patch.zero)) === 0n;
 }
 
 /** Where the next push of a clone starts from. */
@@ -228,7 +253,7 @@ function nextState({ id, pushed }: CloneRecord, reference: string | undefined): 
 async function fillFrom(
   image: Image,
   chain: Chain,
-  what: { manifest: Manifest; pieces: readonly number[]; base: Manifest | undefined },
+  what: { manifest: Manifest; pieces: readonly Piece[]; base: Manifest | undefined },
   control: LongTask,
 ): Promise<void> {
   const { manifest, pieces, base } = what;
@@ -240,10 +265,15 @@ async function fillFrom(
     const lane = async () => {
       while (next < pieces.length) {
         if (control.signal.aborted) throw new GridError('closed', 'the pull was cancelled');
-        const index = pieces[next++]!;
+        const { index, blocks } = pieces[next++]!;
         const bytes = Buffer.allocUnsafe(chunkLengthOf(manifest, index));
         await image.read(bytes, index * manifest.chunkBytes);
-        await putBlocks(clone, bytes, index * manifest.chunkBytes, zeroBaseFrom);
+        const at = index * manifest.chunkBytes;
+        if (blocks === undefined) await putBlocks(clone, bytes, at, zeroBaseFrom);
+        for (const block of bitsOf(blocks ?? 0n)) {
+          const from = block * LAYER_BLOCK_BYTES;
+          await putBlocks(clone, bytes.subarray(from, from + LAYER_BLOCK_BYTES), at + from, zeroBaseFrom);
+        }
         control.onProgress(++done, pieces.length);
       }
     };

@@ -21,7 +21,7 @@ import { CHUNK_BYTES_DEFAULT, MEMORY_CHUNK_BYTES } from '../core/limits.ts';
 import { parseReference } from '../core/manifest.ts';
 import type { Tag } from '../core/manifest.ts';
 import type { ChunkSource } from '../core/source.ts';
-import { changedUnits, changedUnitsOf } from '../image/index.ts';
+import { blockChangeIn, changedUnits, changedUnitsOf } from '../image/index.ts';
 import type { Snapshot } from '../image/index.ts';
 import { uploadImage, uploadVersion } from '../store/index.ts';
 import { Cgroups, createMachines } from '../vmm/index.ts';
@@ -230,6 +230,7 @@ function volumeWork(cache: Cache, source: ChunkSource): VolumeWork {
         sizeBytes: disk.sizeBytes,
         standalone,
         changed: (chunkBytes) => changedUnitsOf(disk.states, chunkBytes, standalone),
+        isChanged: blockChangeIn(disk.states, standalone),
         read: (target, offsetBytes) => disk.readOnce(target, offsetBytes),
         ...(before === undefined ? {} : { before }),
       });

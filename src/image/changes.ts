@@ -25,8 +25,12 @@ export function* changedUnitsOf(view: Uint8Array, unitBytes: number, dataOnly = 
 
 /** Whether some layer has written or zeroed a block. `dataOnly` as above. */
 export function blockChangeOf(clone: Clone, dataOnly = false): (block: number) => boolean {
-  const view = new Uint8Array(clone.direct.layer!.states);
-  return (block) => isChange(visibleState(view[block]!), dataOnly);
+  return blockChangeIn(new Uint8Array(clone.direct.layer!.states), dataOnly);
+}
+
+/** The same of the states of a snapshot. */
+export function blockChangeIn(states: Uint8Array, dataOnly = false): (block: number) => boolean {
+  return (block) => isChange(visibleState(states[block]!), dataOnly);
 }
 
 function isChange(state: number, dataOnly: boolean): boolean {

@@ -3,7 +3,7 @@ export { exportArchive, readArchive, readArchiveInfo } from './archive.ts';
 export type { ArchiveInfo, ArchiveTarget } from './archive.ts';
 export { createLayerOver, openChain } from './chain.ts';
 export type { Chain } from './chain.ts';
-export { blockChangeOf, changedUnits, changedUnitsOf } from './changes.ts';
+export { blockChangeIn, blockChangeOf, changedUnits, changedUnitsOf } from './changes.ts';
 export { openClone, zeroImage } from './clone.ts';
 export type { Clone } from './clone.ts';
 export type { FillOptions } from './fill.ts';

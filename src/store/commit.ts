@@ -1,7 +1,7 @@
 /**
  * Commit: a disk that was made from an image of a store on this host becomes its next version there (new-version.ts).
  * Of the disk only the changed blocks are read; the lanes take the others of a chunk from the parent's, which is in
- * this store.
+ * this store; and chunks of which few blocks changed become patches of the parent's (patching.ts).
  *
  *   changed blocks → units, read some ahead of the lanes → lanes: complete, hash, compress, temp file → batches
  *     → publish, under the store's lock, unless a collection took what was found there: then a second pass
@@ -9,6 +9,7 @@
 import { existsSync } from 'node:fs';
 import { sha256 } from '../core/bytes.ts';
 import type { Digest } from '../core/bytes.ts';
+import type { NewEntry } from '../core/chunk-table.ts';
 import type { ChunkRef } from '../core/chunk.ts';
 import { asGridError, GridError } from '../core/errors.ts';
 import { LAYER_BLOCK_BYTES, MIB, STORED_OVERHEAD_BYTES_MAX } from '../core/limits.ts';
@@ -21,6 +22,8 @@ import { Lanes } from './lanes.ts';
 import { readBounded } from './layout.ts';
 import { checkCancelled, makeVersion } from './new-version.ts';
 import type { Changes, NewVersion, NewVersionOptions, Packed, VersionEnd } from './new-version.ts';
+import { entriesOfGroup, PacksBelow, readGroup, splitChanges } from './patching.ts';
+import type { GroupContent, PatchGroup } from './patching.ts';
 import type { Store } from './store.ts';
 import { Writer } from './writer.ts';
 
@@ -37,7 +40,8 @@ export interface CommitOptions extends Omit<NewVersionOptions, 'own' | 'chunkByt
   readonly parent: Digest;
   /** Of a chunk that `changed` names, whether block `block` (4 KiB, counted from the disk's start) may differ. */
   readonly isChanged: (block: number) => boolean;
-  /** Fills `target` with the disk's content from `offsetBytes`, changed blocks only; nobody writes to it meanwhile. */
+  /** Fills `target` with the disk's content from `offsetBytes`, whole blocks, changed ones but where `readHere` or the
+   * parent cannot help; nobody writes to it meanwhile. */
   readonly read: (target: Uint8Array, offsetBytes: number) => Promise<void>;
   /** The same of a whole chunk, where all of it is on this host in plain: a tenth of what unpacking the parent's
    * takes. False: some of it is not, and `target` is incomplete. */
@@ -68,27 +72,40 @@ class StoreEnd implements VersionEnd {
   readonly #disk: CommitOptions;
   readonly #batches: Batches;
   readonly #packed = new Set<Digest>();
+  readonly #packsBelow: PacksBelow;
+  /** What the packs of these jobs hold. */
+  readonly #groups = new WeakMap<PackJob, GroupContent>();
 
   constructor(store: Store, writer: Writer, disk: CommitOptions) {
     this.#store = store;
     this.#writer = writer;
     this.#disk = disk;
     this.#batches = new Batches(writer);
+    this.#packsBelow = new PacksBelow(store);
   }
 
   async pack(changes: Changes, again: boolean): Promise<Packed> {
-    const { totalBytes, signal, onProgress } = changes;
-    const lanes = new Lanes(totalBytes > INLINE_BYTES_MAX);
-    const units = new ReadAhead(unitsOf(changes), (unit) => this.#read(unit, changes, again));
-    const chunks: PackedChunk[] = [];
+    const { signal, onProgress } = changes;
+    const { whole, groups } = await splitChanges(changes, this.#disk.isChanged);
+    const blocks = groups.reduce((sum, { blockCount }) => sum + blockCount, 0);
+    const workBytes =
+      blocks * BLOCK + whole.reduce((sum, index) => sum + chunkLengthOf(changes.size, index), 0);
+    const lanes = new Lanes(workBytes > INLINE_BYTES_MAX);
+    const units = new ReadAhead([...groups, ...unitsOf(whole, changes.size)], (unit) =>
+      'chunks' in unit ? this.#readGroup(unit, changes, again) : this.#readChunks(unit, changes, again),
+    );
+    const entries: NewEntry[] = [];
+    const fresh: PackedChunk[] = [];
     let doneBytes = 0;
     try {
       checkCancelled(changes);
       await lanes.runAll(units.jobs(), signal, async (packed, job) => {
-        chunks.push(...packed);
+        const group = this.#groups.get(job);
+        entries.push(...(group ? entriesOfGroup(group, packed[0]) : packed));
+        fresh.push(...packed.filter(({ isNew }) => isNew));
         for (const { digest } of packed) this.#packed.add(digest);
-        doneBytes += job.lengthBytes;
-        onProgress?.(doneBytes, totalBytes);
+        doneBytes += group ? group.blockCount * BLOCK : job.lengthBytes;
+        onProgress?.(doneBytes, workBytes);
         await this.#batches.add(packed);
       });
       await this.#batches.settle();
@@ -102,9 +119,8 @@ class StoreEnd implements VersionEnd {
       await this.#batches.settle().catch(() => {});
       await lanes.close();
     }
-    const fresh = chunks.filter(({ isNew }) => isNew);
     return {
-      chunks,
+      chunks: entries,
       newChunks: fresh.length,
       newStoredBytes: fresh.reduce((sum, { storedBytes }) => sum + storedBytes, 0),
     };
@@ -150,21 +166,50 @@ class StoreEnd implements VersionEnd {
     }
   }
 
-  /** Changed blocks, and, where it costs less than unpacking, what lies around them. */
-  async #read(unit: Unit, { size, refBelow, reference }: Changes, renew: boolean): Promise<PackJob> {
+  /** The blocks of a group of patched chunks, as one object. */
+  async #readGroup(group: PatchGroup, { size, reference }: Changes, renew: boolean): Promise<PackJob> {
+    const read = (target: Uint8Array, offsetBytes: number) => this.#disk.read(target, offsetBytes);
+    const { plain, content } = await readGroup(group, size.chunkBytes, read, this.#packsBelow);
+    const job: PackJob = {
+      ...this.#job(plain, reference, renew),
+      chunkBytes: plain.length,
+      firstChunk: 0,
+    };
+    this.#groups.set(job, content);
+    return job;
+  }
+
+  #job(plain: Buffer, reference: string, renew: boolean) {
+    return {
+      type: 'pack' as const,
+      fd: -1,
+      plain,
+      path: reference,
+      storeFolder: this.#store.layout.folder,
+      writerFolder: this.#writer.folder,
+      lengthBytes: plain.length,
+      renew,
+    };
+  }
+
+  /** Changed blocks of whole chunks, and, where it costs less than unpacking, what lies around them. */
+  async #readChunks(unit: Unit, { size, below, reference }: Changes, renew: boolean): Promise<PackJob> {
     const { firstChunk, lengthBytes } = unit;
     const { chunkBytes } = size;
     const plain = Buffer.alloc(lengthBytes);
     const has = new Uint8Array(Math.ceil(lengthBytes / BLOCK));
     const startBytes = firstChunk * chunkBytes;
     const chunks = Array.from({ length: Math.ceil(lengthBytes / chunkBytes) }, (_, i) =>
-      refBelow(firstChunk + i),
+      below(firstChunk + i),
     );
     for (let i = 0; i < has.length; i++) has[i] = this.#disk.isChanged(startBytes / BLOCK + i) ? 1 : 0;
+    // What the parent has patched is no object to unpack: all of the chunk is read from the disk.
+    for (const [i, there] of chunks.entries())
+      if (there?.patch) has.fill(1, (i * chunkBytes) / BLOCK, ((i + 1) * chunkBytes) / BLOCK);
     const wanted = has.slice();
-    for (const [i, below] of chunks.entries()) {
+    for (const [i, there] of chunks.entries()) {
       const part = has.subarray((i * chunkBytes) / BLOCK, ((i + 1) * chunkBytes) / BLOCK);
-      if (!below || !this.#disk.readHere || part.every((own) => own === 1)) continue;
+      if (!there || !this.#disk.readHere || part.every((own) => own === 1)) continue;
       const at = i * chunkBytes;
       if (!this.#disk.readHere(plain.subarray(at, at + chunkBytes), startBytes + at)) continue;
       part.fill(1);
@@ -178,36 +223,29 @@ class StoreEnd implements VersionEnd {
       reads.push(this.#disk.read(plain.subarray(first * BLOCK, i * BLOCK), startBytes + first * BLOCK));
     }
     const stored: (Buffer | undefined)[] = [];
-    for (const [i, below] of chunks.entries()) {
+    for (const [i, there] of chunks.entries()) {
       const part = has.subarray((i * chunkBytes) / BLOCK, ((i + 1) * chunkBytes) / BLOCK);
-      if (below && part.includes(0))
-        reads.push(this.#readBelow(below).then((bytes) => void (stored[i] = bytes)));
+      if (there && part.includes(0))
+        reads.push(this.#readBelow(there).then((bytes) => void (stored[i] = bytes)));
     }
     for (const result of await Promise.allSettled(reads))
       if (result.status === 'rejected') throw result.reason;
     return {
-      type: 'pack',
-      fd: -1,
-      plain,
+      ...this.#job(plain, reference, renew),
       below: { blockBytes: BLOCK, has, chunks, stored },
-      path: reference,
-      storeFolder: this.#store.layout.folder,
-      writerFolder: this.#writer.folder,
       chunkBytes,
       firstChunk,
-      lengthBytes,
-      renew,
     };
   }
 }
 
+/** Neighbouring chunks that are packed as wholes. */
 interface Unit {
   readonly firstChunk: number;
   readonly lengthBytes: number;
 }
 
-/** Neighbouring chunks. */
-function* unitsOf({ indexes, size }: Changes): Generator<Unit, void, void> {
+function* unitsOf(indexes: readonly number[], size: Changes['size']): Generator<Unit, void, void> {
   for (let i = 0; i < indexes.length;) {
     const firstChunk = indexes[i]!;
     let lengthBytes = 0;
@@ -221,13 +259,13 @@ function* unitsOf({ indexes, size }: Changes): Generator<Unit, void, void> {
 }
 
 /** Reads units while the lanes pack the ones before. */
-class ReadAhead {
-  readonly #units: Generator<Unit, void, void>;
-  readonly #read: (unit: Unit) => Promise<PackJob>;
+class ReadAhead<U> {
+  readonly #units: Iterator<U>;
+  readonly #read: (unit: U) => Promise<PackJob>;
   readonly #ahead: Promise<PackJob>[] = [];
 
-  constructor(units: Generator<Unit, void, void>, read: (unit: Unit) => Promise<PackJob>) {
-    this.#units = units;
+  constructor(units: Iterable<U>, read: (unit: U) => Promise<PackJob>) {
+    this.#units = units[Symbol.iterator]();
     this.#read = read;
   }
 

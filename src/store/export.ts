@@ -177,11 +177,16 @@ function* jobsOf(
   target: { fd: number; path: string },
 ): Generator<UnpackJob> {
   const storeFolder = store.layout.folder;
-  let chunks: { digest: Digest; offsetBytes: number; plainBytes: number }[] = [];
+  let chunks: UnpackJob['chunks'][number][] = [];
   let bytes = 0;
-  for (const { index, digest } of table.entries()) {
+  for (const { index, digest, patch } of table.entries()) {
     const plainBytes = chunkLengthOf(manifest, index);
-    chunks.push({ digest, offsetBytes: index * manifest.chunkBytes, plainBytes });
+    const offsetBytes = index * manifest.chunkBytes;
+    chunks.push(
+      patch
+        ? { digest: patch.base.digest, offsetBytes, plainBytes, patch }
+        : { digest, offsetBytes, plainBytes },
+    );
     bytes += plainBytes;
     if (bytes < UNIT_BYTES) continue;
     yield { type: 'unpack', storeFolder, ...target, chunks };

@@ -168,7 +168,7 @@ class GcRun {
     const manifest = parseManifest(await this.#store.readManifest(digest), digest);
     if (!this.#marked.tables.has(manifest.table)) {
       const table = ChunkTable.parse(await this.#store.readTable(manifest.table), manifest.table);
-      for (const entry of table.entries()) this.#marked.chunks.add(entry.digest);
+      for (const { digest: chunk } of table.objects()) this.#marked.chunks.add(chunk);
       this.#marked.tables.add(manifest.table);
     }
     this.#marked.manifests.add(digest);

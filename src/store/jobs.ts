@@ -15,6 +15,8 @@ import {
   STORED_OVERHEAD_BYTES_MAX,
   TABLE_BYTES_MAX,
 } from '../core/limits.ts';
+import { applyPatch, packRefOf } from '../core/patch.ts';
+import type { Patch } from '../core/patch.ts';
 import { StoreLayout, temporaryPath, writeNewFile } from './layout.ts';
 import type { ObjectKind } from './layout.ts';
 
@@ -85,6 +87,8 @@ export interface UnpackJob {
     readonly digest: Digest;
     readonly offsetBytes: number;
     readonly plainBytes: number;
+    /** Of the chunk that has this digest, to be applied before it is written. */
+    readonly patch?: Patch;
   }[];
 }
 
@@ -263,20 +267,31 @@ export function isOneFrame(stored: Buffer): boolean {
 
 function unpack({ storeFolder, fd, chunks }: UnpackJob): undefined {
   const layout = new StoreLayout(storeFolder);
+  /** Neighbours have their blocks in the same pack. */
+  let last: { digest: Digest; plain: Buffer } | undefined;
   for (const ref of chunks) {
-    let bytes: Buffer;
-    try {
-      const file = layout.object('chunks', ref.digest);
-      const { size } = statSync(file);
-      if (size > ref.plainBytes + STORED_OVERHEAD_BYTES_MAX)
-        throw new GridError(
-          'corrupt',
-          `chunk ${ref.digest} has ${size} bytes, which no chunk of its size has`,
-        );
-      bytes = readFileSync(file);
-    } catch (error) {
-      throw asGridError(error, `cannot read chunk ${ref.digest} of the store ${storeFolder}`);
+    const plain = readChunk(layout, ref);
+    if (ref.patch) {
+      const { pack } = ref.patch;
+      if (pack && last?.digest !== pack.digest)
+        last = { digest: pack.digest, plain: readChunk(layout, packRefOf(pack)) };
+      applyPatch(plain, ref.patch, pack && last!.plain);
     }
-    pwriteFull(fd, decodeChunk({ encoding: 'zstd', bytes }, ref), ref.offsetBytes);
+    pwriteFull(fd, plain, ref.offsetBytes);
   }
+}
+
+/** Plain bytes, checked. */
+function readChunk(layout: StoreLayout, ref: ChunkRef): Buffer {
+  let bytes: Buffer;
+  try {
+    const file = layout.object('chunks', ref.digest);
+    const { size } = statSync(file);
+    if (size > ref.plainBytes + STORED_OVERHEAD_BYTES_MAX)
+      throw new GridError('corrupt', `chunk ${ref.digest} has ${size} bytes, which no chunk of its size has`);
+    bytes = readFileSync(file);
+  } catch (error) {
+    throw asGridError(error, `cannot read chunk ${ref.digest} of the store ${layout.folder}`);
+  }
+  return decodeChunk({ encoding: 'zstd', bytes }, ref);
 }

@@ -8,9 +8,9 @@
  *     → end.publish: durable, and named only when all that it reaches is there; the tag moves last
  */
 import type { Digest } from '../core/bytes.ts';
-import { ChunkTable, encodeChunkTable } from '../core/chunk-table.ts';
+import { ChunkTable, encodeChunkTable, objectsOf } from '../core/chunk-table.ts';
+import type { ChunkEntry, NewEntry } from '../core/chunk-table.ts';
 import { compress } from '../core/chunk.ts';
-import type { ChunkRef } from '../core/chunk.ts';
 import { GridError, invariant } from '../core/errors.ts';
 import { LABEL_LENGTH_MAX, LABELS_MAX, NAME_LENGTH_MAX } from '../core/limits.ts';
 import {
@@ -53,12 +53,15 @@ export interface NewVersion {
   readonly manifest: Manifest;
   readonly digest: Digest;
   readonly tag: Tag;
-  /** Chunks that were read and hashed. */
+  /** Chunks that may have changed, read as a whole or in part. */
   readonly changedChunks: number;
-  /** Of those, what the store did not have: all that is uploaded. */
+  /** Objects that the store did not have, chunks or blocks of several in one: all that is uploaded. */
   readonly newChunks: number;
   readonly newStoredBytes: number;
 }
+
+/** A chunk of the parent: an object, or a patched one, whose digest no object has. */
+export type ChunkBelow = ChunkEntry & { readonly plainBytes: number };
 
 /** What an end has to pack. */
 export interface Changes {
@@ -66,17 +69,15 @@ export interface Changes {
   readonly size: Pick<Manifest, 'sizeBytes' | 'chunkBytes'>;
   /** Rising. */
   readonly indexes: readonly number[];
-  /** Plain bytes of all of them. */
-  readonly totalBytes: number;
   /** What the parent has there; undefined for zeros. */
-  readonly refBelow: (index: number) => ChunkRef | undefined;
+  readonly below: (index: number) => ChunkBelow | undefined;
   readonly onProgress?: (doneBytes: number, totalBytes: number) => void;
   readonly signal?: AbortSignal;
 }
 
 export interface Packed {
   /** Of all that are not zeros, in any order. */
-  readonly chunks: readonly { index: number; digest: Digest; storedBytes: number }[];
+  readonly chunks: readonly NewEntry[];
   readonly newChunks: number;
   readonly newStoredBytes: number;
 }
@@ -198,11 +199,10 @@ function changesOf(options: NewVersionOptions, parent: Parent | undefined): Chan
     reference,
     size,
     indexes,
-    totalBytes: indexes.reduce((sum, index) => sum + chunkLengthOf(size, index), 0),
-    refBelow(index) {
+    below(index) {
       if (!parent || standalone || index >= parent.table.count) return undefined;
-      const digest = parent.table.digestOf(index);
-      return digest === undefined ? undefined : { digest, plainBytes: chunkLengthOf(parent.manifest, index) };
+      const entry = parent.table.at(index);
+      return entry && { ...entry, plainBytes: chunkLengthOf(parent.manifest, index) };
     },
     ...(onProgress ? { onProgress } : {}),
     ...(signal ? { signal } : {}),
@@ -217,9 +217,10 @@ function describe(
   packed: Packed,
   labels: Record<string, string>,
 ) {
-  const chunks = packed.chunks.map(({ index, digest, storedBytes }) => ({ index, digest, storedBytes }));
+  const chunks: NewEntry[] = [...packed.chunks];
   if (parent && !standalone) {
-    const changed = new Set(indexes);
+    // An end may have packed more than what changed.
+    const changed = new Set([...indexes, ...chunks.map(({ index }) => index)]);
     for (const entry of parent.table.entries()) if (!changed.has(entry.index)) chunks.push(entry);
   }
   chunks.sort((a, b) => a.index - b.index);
@@ -237,7 +238,7 @@ function describe(
   });
   return {
     image: { manifest: bytes, table: compress(table.bytes) },
-    used: new Set(chunks.map((chunk) => chunk.digest)),
+    used: new Set(chunks.flatMap(objectsOf).map((object) => object.digest)),
     digest,
   };
 }

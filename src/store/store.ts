@@ -339,11 +339,11 @@ export class Store implements ChunkSource {
       const table = ChunkTable.parse(await this.readTable(manifest.table), manifest.table);
       const own = new Set<Digest>();
       let ownBytes = 0;
-      for (const entry of table.entries()) {
-        if (!own.has(entry.digest)) ownBytes += entry.storedBytes;
-        own.add(entry.digest);
-        if (!all.has(entry.digest)) storedBytes += entry.storedBytes;
-        all.add(entry.digest);
+      for (const object of table.objects()) {
+        if (!own.has(object.digest)) ownBytes += object.storedBytes;
+        own.add(object.digest);
+        if (!all.has(object.digest)) storedBytes += object.storedBytes;
+        all.add(object.digest);
       }
       images.push({ tag, manifest, chunks: own.size, storedBytes: ownBytes });
     }

@@ -116,7 +116,7 @@ async function putImage(store: Store, image: NewImage): Promise<Tag> {
   }
   for (const part of Object.values(manifest.parts)) parseManifest(await store.readManifest(part), part);
   const used = new Map<Digest, number>();
-  for (const entry of table.entries()) used.set(entry.digest, entry.storedBytes);
+  for (const object of table.objects()) used.set(object.digest, object.storedBytes);
 
   const writer = await Writer.begin(store.layout);
   try {

@@ -233,7 +233,7 @@ class VerifyRun {
         if (table.chunkBytes !== manifest.chunkBytes || table.count !== chunkCountOf(manifest)) {
           throw new GridError('bad-format', `it does not fit the manifest ${digest}`);
         }
-        for (const entry of table.entries()) this.#need('chunks', entry.digest, image);
+        for (const object of table.objects()) this.#need('chunks', object.digest, image);
       } catch (error) {
         damaged('tables', manifest.table, error);
       }

@@ -5,14 +5,16 @@
  * is taken for somebody else's).
  */
 import assert from 'node:assert/strict';
+import { randomBytes } from 'node:crypto';
 import { after, before, test } from 'node:test';
 import { pushWork } from '../../src/cli/clone-push.ts';
 import type { LongTask } from '../../src/agent/long-call.ts';
+import { ChunkTable } from '../../src/core/chunk-table.ts';
 import { GridError } from '../../src/core/errors.ts';
 import type { ChunkSource } from '../../src/core/source.ts';
 import { readBack } from '../store/helpers.ts';
 import { hasCode } from '../suites/image.ts';
-import { CloneWorld } from './clone-world.ts';
+import { CloneWorld, SIZE } from './clone-world.ts';
 
 const control: LongTask = { signal: new AbortController().signal, onProgress: () => {} };
 let world: CloneWorld;
@@ -146,4 +148,42 @@ test('a pull is the pushed disk over the same base, without what did not change;
   const work = pushWork({ cache: forgetful, clones: world.clones, source });
   assert.equal((await work.pull({ reference: 'work:pushed' }, control)).kind, 'full');
   assert.ok((await world.read('work')).equals(expected));
+});
+
+/** Guards `isPatchOver` in clone-push.ts: without it the pull makes whole chunks of patched ones, and sends them back. */
+test('few blocks here and there are pushed, pulled and pushed on as such, also over a base that has such itself', async () => {
+  const { pull } = pushWork({ cache: world.cache, clones: world.clones, source });
+  const storedBytes = async () => (await world.store.statistics()).storedBytes;
+  let base = world.digest;
+  let content = world.content;
+  for (const round of [1, 2, 3]) {
+    const reference = `strewn${round}:pushed`;
+    await world.make('strewn', { base, kind: 'persistent' });
+    const expected = Buffer.from(content);
+    for (let at = 8192 * round; at + 4096 <= SIZE; at += 200 * 1024) {
+      const bytes = randomBytes(4096);
+      await world.write('strewn', at, bytes);
+      bytes.copy(expected, at);
+    }
+    await world.write('strewn', 4096 * round, Buffer.alloc(4096));
+    expected.fill(0, 4096 * round, 4096 * (round + 1));
+    const before = await storedBytes();
+    await push('strewn', reference);
+    const sentBytes = (await storedBytes()) - before;
+    assert.ok(sentBytes < 48 * 4096 + 2 * 256 * 1024, `${sentBytes} bytes were sent`);
+    assert.ok((await contentOf(reference)).equals(expected));
+    await world.clones.remove('strewn');
+    await pull({ reference, name: 'strewn' }, control);
+    assert.ok((await world.read('strewn')).equals(expected));
+    assert.equal((await push('strewn')).unchanged, true);
+    assert.equal(await storedBytes(), before + sentBytes);
+    const { allocatedBytes } = world.clones.status('strewn');
+    assert.ok(allocatedBytes < 2 * 1024 * 1024, `${allocatedBytes} bytes of layer`);
+    await world.clones.remove('strewn');
+    base = (await world.store.resolve(reference)).manifest;
+    content = expected;
+  }
+  const { manifest } = await world.store.resolve('strewn3:pushed');
+  const { table } = JSON.parse(String(await world.store.readManifest(manifest))) as { table: string };
+  assert.ok(ChunkTable.parse(await world.store.readTable(table), table).patchCount > 6);
 });

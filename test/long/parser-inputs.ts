@@ -4,6 +4,7 @@
  */
 import { sha256 } from '../../src/core/bytes.ts';
 import { encodeChunkTable } from '../../src/core/chunk-table.ts';
+import type { NewEntry } from '../../src/core/chunk-table.ts';
 import { compress } from '../../src/core/chunk.ts';
 import type { ChunkRef } from '../../src/core/chunk.ts';
 import { MIB } from '../../src/core/limits.ts';
@@ -78,11 +79,31 @@ const TABLES = [1, 2, 3].map((seed) => {
   }
   return encodeChunkTable(4096 * seed, 60 + seed, chunks).bytes;
 });
+/** With patches over every third chunk, in two packs. */
+const PATCHED_TABLE = (() => {
+  const next = randomNumbers(4);
+  const digest = () => randomBuffer(next, 32).toString('hex');
+  const packs = [8, 16].map((blocks) => ({ digest: digest(), storedBytes: 5000, blocks }));
+  const chunks = Array.from({ length: 30 }, (_, index): NewEntry => {
+    const base = { digest: digest(), storedBytes: 1 + (next() % 4096) };
+    if (index % 3 > 0) return { index, ...base };
+    const pack = index % 2 === 0 ? packs[(index % 4) >>> 1] : undefined;
+    return {
+      index,
+      patch: { base, pack, firstBlock: pack ? index % 5 : 0, data: pack ? 0b101n : 0n, zero: 0b1000n },
+    };
+  });
+  return encodeChunkTable(65536, 40, chunks).bytes;
+})();
+/** Where its second part begins. */
+const PATCHES_FROM = 24 + 8 + 36 * 30;
 export const TABLE_MAGIC = Buffer.from('GVFSTAB1');
 
 /** A chunk table; two of three have the length that their header asks for. */
 export function tableInput(next: Next): Buffer {
-  const kind = below(next, 6);
+  const kind = below(next, 8);
+  // The counts of packs and patches decide the length: mostly they stay.
+  if (kind >= 6) return mutateWords(next, PATCHED_TABLE, PATCHES_FROM + (below(next, 8) === 0 ? 0 : 8));
   if (kind === 0) return randomBytes(next, TABLE_MAGIC);
   if (kind === 1) return mutateAnywhere(next, pick(next, TABLES));
   if (kind <= 3) {

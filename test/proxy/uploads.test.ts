@@ -15,7 +15,6 @@ import {
   parseImage,
 } from '../../proxy/upload-protocol.ts';
 import { GridError } from '../../src/core/errors.ts';
-import type { ChunkSource } from '../../src/core/source.ts';
 import type { UploadTarget } from '../../src/core/uploads.ts';
 import { openStore, uploadImage, verifyStore } from '../../src/store/index.ts';
 import type { UploadOptions } from '../../src/store/index.ts';
@@ -165,11 +164,12 @@ test('a tunnel that is cut in the middle of every call only delays an upload', a
       await relay.restore();
       await sending;
     };
-    const cutting: Pick<ChunkSource, 'name' | 'listTags' | 'readManifest' | 'readTable' | 'uploads'> = {
+    const cutting: Parameters<typeof uploadImage>[0] = {
       name: source.name,
       listTags: () => source.listTags(),
       readManifest: (digest) => source.readManifest(digest),
       readTable: (digest) => source.readTable(digest),
+      readChunks: (refs, how, deliver) => source.readChunks(refs, how, deliver),
       uploads: {
         findChunks: (digests) => source.uploads.findChunks(digests),
         putChunks: cutOnTheWay,

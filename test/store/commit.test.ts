@@ -117,7 +117,7 @@ test('a larger disk: the short last chunk of the parent becomes a whole one', as
 test('what lies around changed blocks is read where it is here, and taken from the parent where it is not', async () => {
   const { store, content, reads, options } = await makeDisk(64 * CHUNK);
   const changed = [10, 11, 12, 30, 40];
-  for (const chunk of changed) content.fill(chunk, chunk * CHUNK + BLOCK, chunk * CHUNK + 2 * BLOCK);
+  for (const chunk of changed) content.fill(chunk, chunk * CHUNK + BLOCK, chunk * CHUNK + 3 * BLOCK);
   content.fill(1, 50 * CHUNK, 51 * CHUNK);
   const here: number[] = [];
   const result = await commitImage(
@@ -133,7 +133,7 @@ test('what lies around changed blocks is read where it is here, and taken from t
   );
   assert.deepEqual(here, changed, 'of a chunk that changed as a whole nothing else is asked for');
   assert.deepEqual(reads, [
-    [11 * CHUNK + BLOCK, BLOCK],
+    [11 * CHUNK + BLOCK, 2 * BLOCK],
     [50 * CHUNK, CHUNK],
   ]);
   await assertVersion(store, result.digest, content);

@@ -7,10 +7,12 @@ import path from 'node:path';
 import { after } from 'node:test';
 import { ChunkTable } from '../../src/core/chunk-table.ts';
 import { decodeChunk } from '../../src/core/chunk.ts';
+import type { ChunkRef } from '../../src/core/chunk.ts';
 import { GridError } from '../../src/core/errors.ts';
 import type { ErrorCode } from '../../src/core/errors.ts';
 import { BATCH_CHUNKS_MAX } from '../../src/core/limits.ts';
 import { chunkLengthOf, parseManifest } from '../../src/core/manifest.ts';
+import { applyPatch, packRefOf } from '../../src/core/patch.ts';
 import { initStore, openStore } from '../../src/store/index.ts';
 import type { Store } from '../../src/store/index.ts';
 
@@ -33,17 +35,28 @@ export async function readBack(store: Store, digest: string): Promise<Buffer> {
   const manifest = parseManifest(await store.readManifest(digest), digest);
   const table = ChunkTable.parse(await store.readTable(manifest.table), manifest.table);
   const image = Buffer.alloc(manifest.sizeBytes);
-  const entries = [...table.entries()];
-  for (let at = 0; at < entries.length; at += BATCH_CHUNKS_MAX) {
-    const batch = entries.slice(at, at + BATCH_CHUNKS_MAX);
-    const refs = batch.map((entry) => ({
-      digest: entry.digest,
-      plainBytes: chunkLengthOf(manifest, entry.index),
-    }));
-    await store.readChunks(refs, { priority: 'demand' }, (i, chunk) => {
+  const refs = new Map<string, ChunkRef>();
+  for (const { index, digest, storedBytes, patch } of table.entries()) {
+    const plainBytes = chunkLengthOf(manifest, index);
+    if (!patch) refs.set(digest, { digest, plainBytes, storedBytes });
+    else {
+      refs.set(patch.base.digest, { ...patch.base, plainBytes });
+      if (patch.pack) refs.set(patch.pack.digest, packRefOf(patch.pack));
+    }
+  }
+  const objects = new Map<string, Buffer>();
+  const wanted = [...refs.values()];
+  for (let at = 0; at < wanted.length; at += BATCH_CHUNKS_MAX) {
+    const batch = wanted.slice(at, at + BATCH_CHUNKS_MAX);
+    await store.readChunks(batch, { priority: 'demand' }, (i, chunk) => {
       assert.equal(chunk.bytes.length, batch[i]!.storedBytes, 'the table has the stored length');
-      decodeChunk(chunk, refs[i]!).copy(image, batch[i]!.index * manifest.chunkBytes);
+      objects.set(batch[i]!.digest, decodeChunk(chunk, batch[i]!));
     });
+  }
+  for (const { index, digest, patch } of table.entries()) {
+    const plain = Buffer.from(objects.get(patch?.base.digest ?? digest)!);
+    if (patch) applyPatch(plain, patch, patch.pack && objects.get(patch.pack.digest));
+    plain.copy(image, index * manifest.chunkBytes);
   }
   return image;
 }

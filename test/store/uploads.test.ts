@@ -200,6 +200,7 @@ test('a larger disk over a last chunk that was short; nothing new makes nothing;
     listTags: () => store.listTags(),
     readManifest: (one) => store.readManifest(one),
     readTable: (one) => store.readTable(one),
+    readChunks: (refs, how, deliver) => store.readChunks(refs, how, deliver),
   };
   await failsWith(uploadImage(readOnly, options([0])), 'denied');
   const memory = uploadVersion(store, {
