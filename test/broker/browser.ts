@@ -75,6 +75,11 @@ export class Browser {
     await this.until('document.readyState === "complete"');
   }
 
+  /** By the browser: an expression that reloads its own page may have no answer. */
+  async reload(): Promise<void> {
+    await this.#send('Page.reload');
+  }
+
   /** The value of an expression in the page. */
   async evaluate<T>(expression: string): Promise<T> {
     const { result, exceptionDetails } = await this.#send<{
@@ -88,7 +93,12 @@ export class Browser {
   /** Resolves when the expression is true; generous, for a loaded machine. */
   async until(expression: string): Promise<void> {
     const endMs = performance.now() + 60_000;
-    while (!(await this.evaluate<boolean>(`Boolean(${expression})`))) {
+    const isTrue = () =>
+      this.evaluate<boolean>(`Boolean(${expression})`).catch((error: Error) => {
+        if (error.message !== NAVIGATED) throw error;
+        return false;
+      });
+    while (!(await isTrue())) {
       if (performance.now() > endMs) {
         const text = await this.evaluate<string>('document.body.innerText');
         throw new Error(`not in time: ${expression}; the page says: ${text}; ${this.complaints.join('; ')}`);
@@ -222,3 +232,5 @@ class Calls {
     this.#open.clear();
   }
 }
+/** What an expression is answered with whose page gave way to another meanwhile. */
+const NAVIGATED = 'Inspected target navigated or closed';

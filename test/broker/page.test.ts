@@ -297,7 +297,7 @@ suite('the page of a broker', () => {
     await browser.click('Machines');
     await browser.until(`document.body.innerText.includes('No machines yet')`);
     await running.broker.access.revoke(made.info.id);
-    await browser.evaluate('location.reload()');
+    await browser.reload();
     await browser.until(`document.getElementById('login-error')?.textContent`);
     browser.complaints.splice(0);
   });
