@@ -299,7 +299,7 @@ try {
       await rm(folder, { recursive: true, force: true });
     }
   }
-  await printRows(rows, values.json);
+  await printRows('clone', rows, values.json);
 } catch (error) {
   failed('bench/clone.ts', error);
 }

@@ -109,6 +109,13 @@ export const SECTIONS: Readonly<Record<string, Section>> = {
       'to one': (row) => Number(row['originBytesRatio']).toFixed(3),
     },
   },
+  'clone-commit': {
+    title: 'A new version of an image, made of a clone',
+    words:
+      'One per cent of the 4 KiB blocks of 10 GiB, all of them data, differently spread. Ratio to importing the whole image.',
+    wanted: (row) => row.ratio !== undefined,
+    columns: { what: field('subject'), time: value, ratio },
+  },
   pull: {
     title: 'A whole image, a fat link, demand beside prefetch',
     words: 'What the ratio is to stands in the first column.',

@@ -1,7 +1,5 @@
 /** What the benches of clones share: a store with a cache and clones over it in this process, rows, seeded numbers. */
 import { closeSync, fsyncSync, ftruncateSync, openSync } from 'node:fs';
-import { writeFile } from 'node:fs/promises';
-import os from 'node:os';
 import path from 'node:path';
 import { openCache } from '../../cache/index.ts';
 import { Clones } from '../../src/agent/clones.ts';
@@ -9,6 +7,8 @@ import { cloneParts } from '../../src/cli/clone-parts.ts';
 import { table } from '../../src/cli/kit.ts';
 import { importImage, initStore, openStore } from '../../src/store/index.ts';
 import { hostFacts } from './facts.ts';
+import { headOf, printPromises, writeRecord } from './record.ts';
+import type { Promised } from './record.ts';
 
 export interface Row {
   readonly case: 'mounted' | 'chain' | 'create' | 'many' | 'commit';
@@ -75,8 +75,13 @@ export async function cloneWorld(
   };
 }
 
-/** As a table, and as a record where `file` is given. */
-export async function printRows(rows: readonly Row[], file: string | undefined): Promise<void> {
+/** As a table with what was promised, and as a record where `file` is given. */
+export async function printRows(
+  bench: 'clone' | 'clone-commit',
+  rows: readonly Row[],
+  file: string | undefined,
+  promises: readonly Promised[] = [],
+): Promise<void> {
   process.stdout.write(
     table(
       ['CASE', 'SUBJECT', 'VALUE', 'UNIT', 'RATIO'],
@@ -89,7 +94,7 @@ export async function printRows(rows: readonly Row[], file: string | undefined):
       ]),
     ) + '\n',
   );
+  printPromises(promises);
   if (file === undefined) return;
-  const record = { schema: 1, host: hostFacts('none'), made: new Date().toISOString(), rows };
-  await writeFile(file, JSON.stringify(record, null, 2) + os.EOL);
+  await writeRecord(file, { ...headOf(bench), host: hostFacts('none'), rows, promises });
 }

@@ -59,7 +59,7 @@ export interface BenchRecord {
 
 /** What every record begins with: the bench, the command without the file that it writes, and when. */
 export function headOf(bench: string): Pick<BenchRecord, 'schema' | 'bench' | 'command' | 'made'> {
-  const program = ['import', 'pull'].includes(bench)
+  const program = ['import', 'pull', 'clone', 'clone-commit'].includes(bench)
     ? `node bench/${bench}.ts`
     : bench === 'fuse'
       ? 'gridvfs bench io --case fuse'

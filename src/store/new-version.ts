@@ -1,8 +1,8 @@
 /**
  * A new version that is made from another: a disk or memory that was a clone of it, or bytes in hand without any
  * parent. What did not change is taken from the parent's chunk table as it is; only chunks that may have changed are
- * read, and packed at the end that leads to the store: a folder of this host (commit.ts), or whatever a source
- * leads to (upload.ts). So the work goes with what changed.
+ * read, of some only the blocks that did (patching.ts), and packed at the end that leads to the store: a folder of this host (commit.ts), or whatever a source
+ * leads to (upload-image.ts). So the work goes with what changed.
  *
  *   plan: size, which chunks → end.pack: read, hash, compress and store what lacks → table → manifest
  *     → end.publish: durable, and named only when all that it reaches is there; the tag moves last

@@ -1,6 +1,6 @@
 /**
- * Versions that go into a store which is reached through a source (new-version.ts). Chunks that may have changed are
- * read and hashed here; the store is asked which of them it lacks, and these alone are compressed and sent; then the
+ * Versions that go into a store which is reached through a source (new-version.ts). Chunks that may have changed, or
+ * the blocks of them that did (patching.ts), are read and hashed here; the store is asked which of them it lacks, and these alone are compressed and sent; then the
  * image; its tag moves last. An upload that was cut off leaves chunks behind, which the next one finds there.
  *
  *   changed chunks → rounds of 16 MiB, a few at a time: read, hash → ask → compress in libuv's threads → send
