@@ -75,7 +75,7 @@ export const SECTIONS: Readonly<Record<string, Section>> = {
   peers: {
     title: 'The same starts through others',
     words:
-      'Ratio to gridvfs in the same state on the same link: above 1 the other one is slower, below 1 it is ahead.',
+      'Ratio to gridvfs in the same state on the same link: above 1 the other one is slower, below 1 it is ahead. Where others are ahead, it is warm with a copy of the whole on this disk, or over a link that carries what is not compressed in no time worth naming.',
     columns: {
       link: field('link'),
       state: field('state'),

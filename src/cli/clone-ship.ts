@@ -69,7 +69,7 @@ export function commitVerb(): Command {
         show(options, result, () =>
           [
             `${target} is ${result.digest}`,
-            `${result.changedChunks} chunks had changes; ${result.newChunks} were new, ${bytesText(result.newStoredBytes)} compressed`,
+            `${result.changedChunks} chunks had changes; ${result.newChunks} objects were new, ${bytesText(result.newStoredBytes)} compressed`,
           ].join('\n'),
         );
       },
@@ -109,7 +109,7 @@ export function pushVerb(): Command {
       show(options, pushed, () =>
         pushed.unchanged
           ? `${pushed.reference} is ${id} as it is already`
-          : `${pushed.reference} is ${id}, generation ${pushed.generation}; ${pushed.newChunks} chunks were new, ${bytesText(pushed.newStoredBytes)} compressed`,
+          : `${pushed.reference} is ${id}, generation ${pushed.generation}; ${pushed.newChunks} objects were new, ${bytesText(pushed.newStoredBytes)} compressed`,
       );
     });
 }

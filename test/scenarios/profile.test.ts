@@ -4,17 +4,7 @@ import { readdirSync, rmSync } from 'node:fs';
 import path from 'node:path';
 import { after, before, suite, test } from 'node:test';
 import { World } from './world.ts';
-import type { ServerHandle } from './world.ts';
-
-interface View {
-  readonly images: readonly {
-    readonly names: readonly string[];
-    readonly touchedChunks: number;
-    readonly missedChunks: number;
-    readonly prefetchedChunks: number;
-    readonly prefetchedUsedChunks: number;
-  }[];
-}
+import type { CacheView, ServerHandle } from './world.ts';
 
 suite('profiles of boots', () => {
   const world = new World();
@@ -32,7 +22,7 @@ suite('profiles of boots', () => {
     await world.json('mount', server.url, world.mountpoint, ...world.proxyOptions(server), ...options);
     await world.json('vm', 'run', 'small:1', '--name', 'one');
     await world.json('vm', 'stop', 'one', '--now');
-    const { images } = await world.json<View>('cache', 'status');
+    const { images } = await world.json<CacheView>('cache', 'status');
     return images.find(({ names }) => names.includes('small:1'))!;
   }
 

@@ -8,21 +8,12 @@ import { isRunning } from '../../src/core/linux.ts';
 import { importSmall, killProxy, nonceOf, setNonce } from './vm-world.ts';
 import type { Vm } from './vm-world.ts';
 import { World } from './world.ts';
-import type { ServerHandle } from './world.ts';
+import type { CacheView, ServerHandle } from './world.ts';
 
 interface Published {
   readonly digest: string;
   readonly rehearsal?: { readonly chunks?: number; readonly reason?: string };
 }
-interface View {
-  readonly images: readonly {
-    readonly names: readonly string[];
-    readonly missedChunks: number;
-    readonly touchedChunks: number;
-    readonly prefetchedChunks: number;
-  }[];
-}
-
 suite('rehearsals', () => {
   const world = new World();
   let server: ServerHandle;
@@ -107,7 +98,7 @@ suite('rehearsals', () => {
     await world.mount(server.url, server);
     const [fork] = await world.json<Vm[]>('vm', 'fork', 'warm:1', '--name', 'first');
     assert.equal(await nonceOf(fork!), nonce);
-    const { images } = await world.json<View>('cache', 'status');
+    const { images } = await world.json<CacheView>('cache', 'status');
     const memory = images.find(({ names }) => names.includes('warm:1'))!;
     assert.ok(memory.prefetchedChunks >= 0.9 * memory.touchedChunks, JSON.stringify(memory));
     assert.ok(memory.missedChunks <= 0.1 * memory.touchedChunks, JSON.stringify(memory));

@@ -50,6 +50,17 @@ export interface ProxyHandle {
   readonly mountpoint: string;
 }
 
+/** What the tests look at of `cache status --json`. */
+export interface CacheView {
+  readonly images: readonly {
+    readonly names: readonly string[];
+    readonly touchedChunks: number;
+    readonly missedChunks: number;
+    readonly prefetchedChunks: number;
+    readonly prefetchedUsedChunks: number;
+  }[];
+}
+
 export class World {
   readonly folder = mkdtempSync(path.join(os.tmpdir(), 'gridvfs-world-'));
   readonly store = path.join(this.folder, 'store');
