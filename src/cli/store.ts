@@ -4,6 +4,7 @@ import type { Command } from 'commander';
 import { Option } from 'commander';
 import { isDigest } from '../core/bytes.ts';
 import type { Digest } from '../core/bytes.ts';
+import { ChunkTable } from '../core/chunk-table.ts';
 import { GridError } from '../core/errors.ts';
 import { CHUNK_BYTES_DEFAULT } from '../core/limits.ts';
 import { MANIFEST_KINDS, parseManifest, parseReference } from '../core/manifest.ts';
@@ -159,12 +160,15 @@ function showVerb(): Command {
       const store = await openStore(folder);
       const tag = await store.resolve(image);
       const manifest = parseManifest(await store.readManifest(tag.manifest), tag.manifest);
-      show(options, { digest: tag.manifest, tag, manifest }, () =>
+      const table = ChunkTable.parse(await store.readTable(manifest.table), manifest.table);
+      const chunks = { count: table.entryCount, patched: table.patchCount };
+      show(options, { digest: tag.manifest, tag, manifest, chunks }, () =>
         [
           `image: ${tag.name}:${tag.version} (moved ${tag.moved})`,
           `manifest: ${tag.manifest}`,
           `kind: ${manifest.kind}`,
           `size: ${bytesText(manifest.sizeBytes)} in chunks of ${bytesText(manifest.chunkBytes)}, ${bytesText(manifest.nonzeroBytes)} data`,
+          `chunks of data: ${chunks.count}${chunks.patched === 0 ? '' : `, ${chunks.patched} of them another image's with some blocks replaced`}`,
           `created: ${manifest.created}`,
           ...(manifest.parent === undefined ? [] : [`parent: ${manifest.parent}`]),
           ...Object.entries(manifest.labels).map(([key, value]) => `label ${key}: ${value}`),

@@ -3,6 +3,7 @@ import assert from 'node:assert/strict';
 import { spawn } from 'node:child_process';
 import { randomBytes } from 'node:crypto';
 import { copyFileSync, readdirSync, readFileSync, rmSync, truncateSync, writeFileSync } from 'node:fs';
+import { open } from 'node:fs/promises';
 import path from 'node:path';
 import { after, before, suite, test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
@@ -78,6 +79,30 @@ suite('clones and an image server behind ssh', () => {
       ...(['store', 'show', world.store, 'base:3'] as const),
     );
     assert.deepEqual([manifest.labels['os'], manifest.labels['commit.clone']], ['mine', 'work']);
+  });
+
+  test('of blocks here and there only these go over the tunnel, in either direction', async () => {
+    const { disk } = await world.json<Clone>('clone', 'create', 'base:1', '--name', 'strewn');
+    const handle = await open(disk, 'r+');
+    const blocks = 200;
+    for (let i = 0; i < blocks; i++) await handle.write(randomBytes(4096), 0, 4096, 4096 * (5 + 61 * i));
+    await handle.sync();
+    await handle.close();
+    const result = await world.json<Commit>('clone', 'commit', 'strewn', 'base:strewn');
+    // Those of chunks that were zeros are wholes of their own, and compress to what was written.
+    assert.ok(result.newStoredBytes < 1.1 * blocks * 4096, JSON.stringify(result));
+    const { chunks } = await world.json<{ chunks: { count: number; patched: number } }>(
+      ...(['store', 'show', world.store, 'base:strewn'] as const),
+    );
+    assert.ok(chunks.patched > 50, JSON.stringify(chunks));
+    const before = (await world.json<{ fetchedStoredBytes: number }>('cache', 'status')).fetchedStoredBytes;
+    await world.json('cache', 'warm', 'base:1');
+    const warm = (await world.json<{ fetchedStoredBytes: number }>('cache', 'status')).fetchedStoredBytes;
+    const image = path.join(world.mountpoint, 'images', 'base', 'strewn', 'disk.raw');
+    await world.succeeds('cmp', disk, image);
+    const after = (await world.json<{ fetchedStoredBytes: number }>('cache', 'status')).fetchedStoredBytes;
+    assert.ok(after - warm < 1.1 * blocks * 4096, `${warm - before} for the parent, ${after - warm} for it`);
+    await world.json('clone', 'rm', 'strewn');
   });
 
   /** A program that counts upwards on a disk, each number at its start and, once that is written, at its end. */
