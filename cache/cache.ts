@@ -192,6 +192,7 @@ export class Cache {
 
   /** Manifests and chunk tables as a source has them, from here or the source; no image is opened for it (`asSource`). */
   get descriptions(): Pick<ChunkSource, 'readManifest' | 'readTable'> {
+    this.#checkOpen();
     return {
       readManifest: async (digest) => (await this.#catalog.manifest(checkDigest(digest))).bytes,
       readTable: async (digest) => (await this.#catalog.table(checkDigest(digest))).bytes,

@@ -55,6 +55,8 @@ export class ChunkWay {
   readonly #context: WayContext;
   /** What the source was asked for, for chunks that are not here yet. */
   readonly #asked = new Map<number, Set<ChunkRef>>();
+  /** Of these, what nobody wants. */
+  readonly #dropped = new WeakSet<ChunkRef>();
 
   constructor(file: ImageFile, manifest: Manifest, table: ChunkTable, context: WayContext) {
     this.#file = file;
@@ -100,16 +102,21 @@ export class ChunkWay {
     for (const ref of this.#asked.get(index) ?? []) this.#context.fetcher.promote(ref);
   }
 
-  /** It is wanted sooner. */
+  /** Somebody else wants its prefetch, perhaps sooner. */
   hasten(index: number, rank: number): void {
-    for (const ref of this.#asked.get(index) ?? []) this.#context.fetcher.hasten(ref, rank);
+    for (const ref of this.#asked.get(index) ?? []) {
+      if (this.#dropped.delete(ref)) this.#context.fetcher.keep(ref);
+      this.#context.fetcher.hasten(ref, rank);
+    }
   }
 
-  /** Nobody wants its prefetch any more. */
+  /** Nobody wants its prefetch any more. What others have asked for as well comes all the same. */
   drop(index: number): void {
-    const asked = this.#asked.get(index);
-    this.#asked.delete(index);
-    for (const ref of asked ?? []) this.#context.fetcher.drop(ref);
+    for (const ref of this.#asked.get(index) ?? []) {
+      if (this.#dropped.has(ref)) continue;
+      this.#dropped.add(ref);
+      this.#context.fetcher.drop(ref);
+    }
   }
 
   #countSaved(bytes: number): void {
@@ -124,7 +131,7 @@ export class ChunkWay {
       return await this.#context.fetcher.fetch(ref, this.#context.figures, priority, rank);
     } finally {
       asked.delete(ref);
-      if (asked.size === 0 && this.#asked.get(index) === asked) this.#asked.delete(index);
+      if (asked.size === 0) this.#asked.delete(index);
     }
   }
 

@@ -51,6 +51,8 @@ interface Wanted {
   waiters: number;
   /** Asked for a second time; the next failure is final. */
   again: boolean;
+  /** Its bytes are given out. */
+  arrived: boolean;
   readonly promise: Promise<Buffer>;
   resolve(plain: Buffer): void;
   reject(error: GridError): void;
@@ -106,6 +108,7 @@ export class Fetcher {
       rank,
       waiters: 1,
       again: false,
+      arrived: false,
       ...Promise.withResolvers<Buffer>(),
     };
     this.#flights.set(key, wanted);
@@ -142,9 +145,17 @@ export class Fetcher {
     this.#reject(wanted, new GridError('closed', 'the prefetch was cancelled'));
   }
 
-  /** Whoever fetched a chunk has put it where others find it (or could not): who wants it now asks again. */
+  /** One who dropped it wants it again. */
+  keep(ref: ChunkRef): void {
+    const wanted = this.#flights.get(keyOf(ref));
+    if (wanted) wanted.waiters++;
+  }
+
+  /** Whoever fetched a chunk has put it where others find it (or could not): who wants it now asks again. One of several
+   * who had it may say so late, when it is on its way again. */
   settled(ref: ChunkRef): void {
-    this.#flights.delete(keyOf(ref));
+    const key = keyOf(ref);
+    if (this.#flights.get(key)?.arrived) this.#flights.delete(key);
   }
 
   /** Chunks asked for and not there yet. */
@@ -343,6 +354,7 @@ export class Fetcher {
     wanted.tally.fetchedChunks++;
     wanted.tally.fetchedPlainBytes += plain.length;
     wanted.tally.fetchedStoredBytes += chunk.bytes.length;
+    wanted.arrived = true;
     wanted.resolve(plain);
   }
 
@@ -371,7 +383,7 @@ export class Fetcher {
   }
 
   #reject(wanted: Wanted, error: GridError): void {
-    this.#flights.delete(wanted.key);
+    if (this.#flights.get(wanted.key) === wanted) this.#flights.delete(wanted.key);
     wanted.reject(error);
   }
 }

@@ -15,8 +15,8 @@ export class RankedQueue<T extends { readonly key: string; readonly rank: number
       this.#ranks.set(item.rank, (rank = new Map()));
       this.#order = [...this.#ranks.keys()].toSorted((a, b) => a - b);
     }
+    if (!rank.has(item.key)) this.#size++;
     rank.set(item.key, item);
-    this.#size++;
   }
 
   has({ key, rank }: T): boolean {

@@ -49,6 +49,8 @@ export class Tier implements ChunkSource {
   /** Manifests that were read here, by their tables. */
   readonly #manifestsByTable = new Map<Digest, Digest>();
   readonly #images = new Map<Digest, Promise<KnownImage>>();
+  /** Images whose parents are known, or being asked for. */
+  readonly #descendants = new Set<Digest>();
   #local: Promise<void> | undefined;
 
   constructor(cache: TierCache, encoding: ChunkEncoding) {
@@ -72,7 +74,7 @@ export class Tier implements ChunkSource {
     const manifest = this.#manifestsByTable.get(digest);
     if (manifest !== undefined) {
       await this.#learn(manifest, value);
-      if (value.patchCount > 0) await this.#learnParents(manifest);
+      if (value.patchCount > 0) this.#learnParents(manifest);
     }
     return bytes;
   }
@@ -95,7 +97,9 @@ export class Tier implements ChunkSource {
       await batch.before(this.#local);
       const here: { at: number; image: CachedImage; index: number }[] = [];
       const elsewhere: number[] = [];
-      const images = await batch.before(Promise.all(this.#images.values()));
+      // One that cannot be opened says so to who asks for it by name.
+      const opened = await batch.before(Promise.allSettled(this.#images.values()));
+      const images = opened.flatMap((one) => (one.status === 'fulfilled' ? one.value : []));
       for (const [at, ref] of refs.entries()) {
         const found = find(images, ref);
         if (found) here.push({ at, ...found });
@@ -184,19 +188,21 @@ export class Tier implements ChunkSource {
     return { image, where: new DigestIndex(table) };
   }
 
-  /** The images whose chunks lie below the patched ones of this one: its parent, and on from one that is patched itself. One
-   * that the source has no longer is nobody's trouble: its chunks are passed through. */
-  async #learnParents(manifest: Digest): Promise<void> {
-    try {
-      const { value } = await this.#cache.manifestBytes(manifest);
-      if (value.parent === undefined) return;
-      const { table: name } = (await this.#cache.manifestBytes(value.parent)).value;
+  /** The images whose chunks lie below the patched ones of this one: its parent, and on from one that is patched itself. In
+   * the background, once: what is asked for meanwhile is passed through, and so is all of a parent that the source has no
+   * longer. */
+  #learnParents(manifest: Digest): void {
+    if (this.#descendants.has(manifest)) return;
+    this.#descendants.add(manifest);
+    const learn = async (child: Digest): Promise<void> => {
+      const { parent } = (await this.#cache.manifestBytes(child)).value;
+      if (parent === undefined || this.#images.has(parent)) return;
+      const { table: name } = (await this.#cache.manifestBytes(parent)).value;
       const table = (await this.#cache.tableBytes(name)).value;
-      await this.#learn(value.parent, table);
-      if (table.patchCount > 0) await this.#learnParents(value.parent);
-    } catch {
-      // See above.
-    }
+      await this.#learn(parent, table);
+      if (table.patchCount > 0) await learn(parent);
+    };
+    learn(manifest).catch(() => this.#descendants.delete(manifest));
   }
 
   /** A host that knows its manifest and table already asks for chunks at once. */

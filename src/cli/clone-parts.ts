@@ -60,7 +60,7 @@ async function openBase(cache: Cache, digest: Digest): Promise<Image> {
     if (!(cause instanceof GridError) || cause.code !== 'not-found') throw cause;
     throw new GridError(
       'wrong-base',
-      `the clone lies on image ${digest}, and the source has no longer all of it: a garbage collection took what neither a name, a pin nor a hold kept (${cause.message}); the same content imported there again makes the clone whole`,
+      `the clone lies on image ${digest}, and the source has no longer all of it: a garbage collection took what neither a name, a pin nor a hold kept (${cause.message}); if it was imported, the same content imported there again makes the clone whole`,
       { cause },
     );
   };

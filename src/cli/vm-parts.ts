@@ -219,7 +219,8 @@ function checkpointWork(source: ChunkSource, catalog: MachineCatalog): Checkpoin
   };
 }
 
-function volumeWork(cache: Cache, source: ChunkSource): VolumeWork {
+/** Volumes as versions in the source. */
+export function volumeWork(cache: Cache, source: ChunkSource): VolumeWork {
   return {
     async save(snapshot, record, { reference, before }) {
       const disk = snapshot as Snapshot;
@@ -236,16 +237,27 @@ function volumeWork(cache: Cache, source: ChunkSource): VolumeWork {
       });
       return { made: tag !== undefined, digest, table: manifest.table, newStoredBytes };
     },
-    make: ({ reference, sizeBytes, from }) =>
-      uploadVersion(nearParents(source, cache), {
-        reference,
-        kind: 'data',
-        sizeBytes,
-        chunkBytes: CHUNK_BYTES_DEFAULT,
-        ...(from === undefined ? {} : { parent: from.digest }),
-        changed: () => [],
-        read: () => Promise.resolve(),
-      }),
+    async make({ reference, sizeBytes, from }) {
+      const image = from && (await cache.openImage(from.digest));
+      try {
+        return await uploadVersion(nearParents(source, cache), {
+          reference,
+          kind: 'data',
+          sizeBytes,
+          chunkBytes: CHUNK_BYTES_DEFAULT,
+          ...(from === undefined ? {} : { parent: from.digest }),
+          changed: () => [],
+          // Of a last chunk that is short in the parent and longer here.
+          async read(target, offsetBytes) {
+            const there = Math.max(0, Math.min(target.length, (image?.sizeBytes ?? 0) - offsetBytes));
+            await image?.read(target.subarray(0, there), offsetBytes);
+            target.fill(0, there);
+          },
+        });
+      } finally {
+        await image?.close();
+      }
+    },
   };
 }
 

@@ -107,5 +107,8 @@ function put(plain: Uint8Array, from: Uint8Array, block: number, patch: Patch): 
 }
 
 function beyond({ base }: Patch): GridError {
-  return new GridError('bad-format', `a patch of chunk ${base.digest.slice(0, 12)} goes beyond its end`);
+  return new GridError(
+    'bad-format',
+    `a patch of chunk ${base.digest.slice(0, 12)} goes beyond its end or its pack's`,
+  );
 }

@@ -32,7 +32,7 @@ const PATCHED_SHARE_MAX = 1 / 4;
 /** Chunks whose blocks may share a pack. */
 const GROUP_CHUNKS = (8 * MIB) / CHUNK_BYTES_DEFAULT;
 
-/** Packs for chunks of one place that did not change; from here on they are packed together. */
+/** Packs for chunks of one place that did not change; from here on they are packed together, if that makes them fewer. */
 const PLACE_PACKS_MAX = 4;
 /** Between two turns of the event loop: some milliseconds of it. */
 const INDEXES_PER_TURN = 4096;
@@ -92,7 +92,7 @@ export async function splitChanges(
       const chunk = there?.patch && patchedChunk(index, size, there, () => false);
       if (chunk) others.push(chunk);
     }
-    if (new Set(others.map(({ old }) => old!.pack?.digest)).size >= PLACE_PACKS_MAX) chunks.push(...others);
+    if (isScattered(others)) chunks.push(...others);
     chunks.sort((one, other) => one.index - other.index);
     let group: (typeof groups)[number] | undefined;
     for (const chunk of chunks) {
@@ -104,6 +104,13 @@ export async function splitChanges(
     }
   }
   return { whole, groups };
+}
+
+/** Whether chunks that did not change have their blocks in many more packs than they need. */
+function isScattered(chunks: readonly PatchedChunk[]): boolean {
+  const packs = new Set(chunks.map(({ old }) => old!.pack?.digest)).size;
+  const least = Math.ceil(chunks.reduce((sum, { blocks }) => sum + countOf(blocks), 0) / PACK_BLOCKS_MAX);
+  return packs >= Math.max(PLACE_PACKS_MAX, 2 * least);
 }
 
 /** Undefined for one that is packed as a whole. */
@@ -166,8 +173,8 @@ export class PacksBelow {
   }
 }
 
-/** `plain`: of the pack; empty where all blocks are zeros, there is no pack then. `read` fills a buffer with changed blocks
- * of the disk. Throws what that and `below` throw. */
+/** `plain`: of the pack; empty where all blocks are zeros, there is no pack then. `read` fills a buffer with blocks
+ * of the disk. Throws what it throws. */
 export async function readGroup(
   { chunks, blockCount }: PatchGroup,
   chunkBytes: number,
@@ -206,7 +213,12 @@ export async function readGroup(
         pack.copy(target, place * BLOCK, from, from + BLOCK);
       }
     };
-    reads.push(below.read(old.pack).then(copy));
+    // What cannot be had of the pack is asked of the disk, whose way to it has more to try.
+    const otherwise = async () => {
+      for (const { block, place } of kept)
+        await read(target.subarray(place * BLOCK, (place + 1) * BLOCK), index * chunkBytes + block * BLOCK);
+    };
+    reads.push(below.read(old.pack).then(copy, otherwise));
   }
   // All of them, also after a failure: a later one still writes into the buffer.
   for (const result of await Promise.allSettled(reads)) if (result.status === 'rejected') throw result.reason;

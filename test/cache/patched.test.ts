@@ -9,6 +9,7 @@ import { parseManifest } from '../../src/core/manifest.ts';
 import type { ChunkSource } from '../../src/core/source.ts';
 import { commitImage, openStore } from '../../src/store/index.ts';
 import { randomBuffer, randomNumbers } from '../suites/fixtures.ts';
+import type { CachedImage } from '../../cache/index.ts';
 import { failsWith, makeHarness, readAll, readAtRandom } from './harness.ts';
 
 const CHUNK = 64 * KIB;
@@ -104,6 +105,7 @@ test('what was made is on the disk: an eviction, a restart and damage there neve
       readAtRandom(await small.openImage(second.digest), second.bytes, 60, round, 200_000),
       readAtRandom(await small.openImage(third.digest), third.bytes, 60, 100 + round, 200_000),
     ]);
+  assert.ok((await small.status()).images.some(({ evictedChunks }) => evictedChunks > 0));
 });
 
 /** Guards the record in siblings.ts: taken without a look at it, the damage is copied. */
@@ -161,26 +163,15 @@ test('what arrives damaged is asked for again; what is not there fails its reade
   assert.ok((await readAll(image)).equals(second.bytes));
 });
 
-test('a prefetch that a reader comes after is his', async () => {
-  const source = await harness.source();
-  const cache = await harness.open({ folder: harness.fresh(), source });
-  const image = await cache.openImage(second.digest);
-  source.arm({ delayMs: 20 });
-  const ahead = chunksOfData.map((chunk) => image.prefetch(chunk));
-  const last = chunksOfData.at(-1)!;
-  const part = Buffer.alloc(CHUNK);
-  await image.read(part, last * CHUNK);
-  assert.ok(part.equals(second.bytes.subarray(last * CHUNK, (last + 1) * CHUNK)));
-  await Promise.all(ahead);
-  assert.ok(source.demandCalls >= 1);
-  const { images } = await cache.status();
-  assert.ok(images[0]!.presentChunks >= PATCHED);
-});
-
 test('a site keeps the chunks below with the parent, and passes the packs on', async () => {
   const origin = await harness.source();
   const site = await harness.open({ folder: harness.fresh(), source: origin });
   const tier = site.asSource();
+  await (await harness.open({ folder: harness.fresh(), source: tier })).openImage(second.digest);
+  const knowsParent = async () =>
+    (await site.status()).images.some(({ manifest }) => manifest === fixture.digest);
+  for (let i = 0; i < 250 && !(await knowsParent()); i++)
+    await new Promise((resolve) => setTimeout(resolve, 20));
   for (let host = 0; host < 2; host++) {
     const cache = await harness.open({ folder: harness.fresh(), source: tier });
     assert.ok((await readAll(await cache.openImage(second.digest))).equals(second.bytes));
@@ -191,12 +182,10 @@ test('a site keeps the chunks below with the parent, and passes the packs on', a
   await tier.close();
 });
 
-/** Guards Promise.all in chunk-way.ts (with allSettled the read joins what was dropped, and fails), and `#asked` there
- * (a prefetch that drops its pack twice drops it for others). */
-test('a prefetch that is dropped while its pack is under way fails no reader, and no prefetch for another image', async () => {
+/** A source in which a prefetch of a pack, the first one, does not come before `go`. One object of prefetch at a time. */
+async function slowSource() {
   const store = await openStore(fixture.storeFolder);
   harness.defer(() => store.close());
-  const shared = chunksOfData.filter((chunk) => second.table.digestOf(chunk) === third.table.digestOf(chunk));
   const asked = Promise.withResolvers<string>();
   const go = Promise.withResolvers<void>();
   const source: ChunkSource = {
@@ -205,7 +194,7 @@ test('a prefetch that is dropped while its pack is under way fails no reader, an
     readManifest: (digest) => store.readManifest(digest),
     readTable: (digest) => store.readTable(digest),
     async readChunks(refs, options, deliver) {
-      // A pack is on its way, and the chunks below wait behind it.
+      // The chunks below wait behind it, if they are not here.
       const pack = refs.find(({ digest }) => second.packs.has(digest));
       if (options.priority === 'prefetch' && pack) {
         asked.resolve(pack.digest);
@@ -213,29 +202,72 @@ test('a prefetch that is dropped while its pack is under way fails no reader, an
       }
       await store.readChunks(refs, options, deliver);
     },
-    // One object at a time.
     way: () => ({ roundTripMs: 1, bytesPerSecond: undefined, prefetchBytes: 1 }),
     close: () => Promise.resolve(),
   };
+  return { source, asked: asked.promise, go: () => go.resolve() };
+}
+
+const shared = chunksOfData.filter((chunk) => second.table.digestOf(chunk) === third.table.digestOf(chunk));
+const packOf = (chunk: number) => second.table.patchOf(chunk)!.pack!.digest;
+const wait = () => new Promise((resolve) => setTimeout(resolve, 20));
+
+async function assertRead(image: CachedImage, chunk: number): Promise<void> {
+  const part = Buffer.alloc(CHUNK);
+  await image.read(part, chunk * CHUNK);
+  assert.ok(part.equals(second.bytes.subarray(chunk * CHUNK, (chunk + 1) * CHUNK)));
+}
+
+/** Guards Promise.all in chunk-way.ts (with allSettled the read joins what was dropped, and fails). */
+test('a prefetch that is dropped while its pack is under way fails no reader, and no prefetch for another image', async () => {
+  const { source, asked, go } = await slowSource();
   const cache = await harness.open({ folder: harness.fresh(), source, readAround: false });
   const image = await cache.openImage(second.digest);
   const other = await cache.openImage(third.digest);
   const cancel = new AbortController();
   const warming = cache.warm(second.digest, { signal: cancel.signal }).catch((error: unknown) => error);
-  const underWay = await asked.promise;
-  const ahead = shared
-    .filter((chunk) => second.table.patchOf(chunk)!.pack!.digest !== underWay)
-    .map((chunk) => other.prefetch(chunk));
+  const underWay = await asked;
+  const ahead = shared.filter((chunk) => packOf(chunk) !== underWay).map((chunk) => other.prefetch(chunk));
   assert.ok(ahead.length > 0);
-  await new Promise(setImmediate);
+  await wait();
   cancel.abort();
   await new Promise(setImmediate);
-  const reads = chunksOfData.map(async (chunk) => {
-    const part = Buffer.alloc(CHUNK);
-    await image.read(part, chunk * CHUNK);
-    assert.ok(part.equals(second.bytes.subarray(chunk * CHUNK, (chunk + 1) * CHUNK)));
-  });
-  go.resolve();
+  const reads = chunksOfData.map((chunk) => assertRead(image, chunk));
+  go();
   await Promise.all([...reads, ...ahead]);
   assert.ok((await warming) instanceof Error);
 });
+
+/** Guards `#dropped` and `promote` in chunk-way.ts: the read waits behind the prefetch, and fails when the other one is
+ * dropped too. */
+test(
+  'who reads what one prefetch has dropped and another one waits for has it at once, and for good',
+  { timeout: 20_000 },
+  async () => {
+    const { source, asked, go } = await slowSource();
+    const cache = await harness.open({ folder: harness.fresh(), source, readAround: false });
+    await cache.warm(fixture.digest);
+    const image = await cache.openImage(second.digest);
+    await cache.openImage(third.digest);
+    const cancels = [second, third].map(({ digest }) => {
+      const cancel = new AbortController();
+      return {
+        cancel,
+        warming: cache.warm(digest, { signal: cancel.signal }).catch((error: unknown) => error),
+      };
+    });
+    const underWay = await asked;
+    await wait();
+    cancels[0]!.cancel.abort();
+    await wait();
+    const chunk = shared.find((one) => packOf(one) !== underWay)!;
+    const reading = assertRead(image, chunk);
+    await wait();
+    cancels[1]!.cancel.abort();
+    // The prefetch under way is not waited for.
+    await reading;
+    go();
+    for (const { warming } of cancels) assert.ok((await warming) instanceof Error);
+    assert.ok((await readAll(image)).equals(second.bytes));
+  },
+);

@@ -33,7 +33,11 @@ test('the bits of a mask, all 64 of them', () => {
     [...bitsOf(2n ** 64n - 1n)],
     Array.from({ length: 64 }, (_, i) => i),
   );
-  assert.equal(countOf(2n ** 64n - 1n), 64);
+  for (let bit = 0; bit < 64; bit++) {
+    const mask = 2n ** 64n - 1n - (1n << BigInt(bit));
+    assert.deepEqual([countOf(1n << BigInt(bit)), countOf(mask), [...bitsOf(mask)].length], [1, 63, 63]);
+    assert.deepEqual([...bitsOf(1n << BigInt(bit))], [bit]);
+  }
 });
 
 test('a patch replaces its blocks and no others; beyond the chunk or the pack it is refused', () => {
@@ -139,8 +143,14 @@ test('a table whose patches are not what they have to be is refused', () => {
   // Blocks beyond a smaller chunk, and chunks that a mask does not cover.
   const small = encodeChunkTable(4 * BLOCK, 12, [{ index: 0, patch: patch({ data: 1n << 3n, zero: 0n }) }]);
   assert.equal(ChunkTable.parse(small.bytes, small.digest).patchCount, 1);
+  for (const blocks of [4, 16, 31, 32, 33, 63, 64]) {
+    const last = [{ index: 0, patch: patch({ data: 1n << BigInt(blocks - 1), zero: 0n }) }];
+    const fits = encodeChunkTable(blocks * BLOCK, 12, last);
+    assert.equal(ChunkTable.parse(fits.bytes, fits.digest).patchCount, 1, `${blocks} blocks`);
+  }
   for (const [chunkBytes, data] of [
-    [4 * BLOCK, 1n << 4n],
+    ...[4, 16, 31, 32, 33, 63].map((blocks): [number, bigint] => [blocks * BLOCK, 1n << BigInt(blocks)]),
+    [32 * BLOCK, 1n << 63n],
     [2 * CHUNK, 1n],
   ] as const) {
     const wrong = encodeChunkTable(chunkBytes, 12, [{ index: 0, patch: patch({ data, zero: 0n }) }]);

@@ -66,7 +66,7 @@ class World {
   }
 
   /** The next version, checked in every way; then it is the parent. */
-  async publish(way: Way) {
+  async publish(way: Way, expectedDamage: readonly string[] = []) {
     const { store, content } = this;
     const changed = [...this.#changed].toSorted((a, b) => a - b);
     this.reads = 0;
@@ -84,7 +84,7 @@ class World {
     const result = await (way === 'commit' ? commitImage(store, options) : uploadImage(store, options));
     assert.ok((await readBack(store, result.digest)).equals(content), `generation ${this.generation}`);
     const { damaged, missing } = await verifyStore(store, {});
-    assert.deepEqual({ damaged, missing }, { damaged: [], missing: [] });
+    assert.deepEqual([damaged.map((one) => one.digest), missing], [expectedDamage, []]);
     assertNothingTemporary(store);
     this.parent = result.digest;
     this.#changed.clear();
@@ -210,6 +210,18 @@ test('a place that is committed to again and again has few packs, and those of o
   assert.equal(table.patchOf(elsewhere!)!.pack!.blocks, 1);
 });
 
+/** Guards the second bound in `isScattered`: without it all of the place is packed anew each time. */
+test('a place that is full of patches is left alone but for what changed', async () => {
+  const world = await World.make(20 * MIB);
+  const there = (await world.dataChunks(40)).filter((chunk) => chunk < 32);
+  for (const chunk of there) world.write(chunk * CHUNK_BLOCKS + 5, noise(14));
+  const { newChunks } = await world.publish('commit');
+  assert.ok(newChunks >= 4, `${newChunks} packs`);
+  world.write(there[3]! * CHUNK_BLOCKS + 40, noise(1));
+  const { newStoredBytes } = await world.publish('commit');
+  assert.ok(newStoredBytes < 16 * BLOCK, `${newStoredBytes} bytes`);
+});
+
 /** Guards the look at the lengths in patching.ts. */
 test('a chunk that has grown with its disk is a whole one', async () => {
   const world = await World.make(4 * MIB + 20 * BLOCK);
@@ -273,4 +285,23 @@ test('a pack or a chunk below that is not there, or is damaged, is found and nam
     damaged.map(({ digest, images }) => [digest, images.toSorted()]),
     [[base.digest, ['test:1', 'test:2']]],
   );
+});
+
+/** Guards `otherwise` in patching.ts. */
+test('a damaged pack of the parent does not stop who goes on from it: its blocks come from the disk', async () => {
+  const world = await World.make(6 * MIB);
+  const [chunk] = await world.dataChunks(1);
+  world.write(chunk! * CHUNK_BLOCKS + 7, noise(2));
+  let { table } = await world.publish('commit');
+  for (const way of ['commit', 'upload'] as const) {
+    const pack = table.patchOf(chunk!)!.pack!.digest;
+    const file = world.store.layout.object('chunks', pack);
+    const bytes = readFileSync(file);
+    chmodSync(file, 0o600);
+    writeFileSync(file, 'damage');
+    world.write(chunk! * CHUNK_BLOCKS + (way === 'commit' ? 20 : 30), noise(1));
+    ({ table } = await world.publish(way, [pack]));
+    assert.equal(table.patchCount, 1);
+    writeFileSync(file, bytes);
+  }
 });
