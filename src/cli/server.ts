@@ -96,6 +96,11 @@ async function serve(folder: string, options: Options): Promise<void> {
     const address = await server.listen(options.listen);
     if (typeof address === 'object') listening['http'] = `http://${options.listen.host}:${address.port}/`;
   }
+  // Before it is said that there is something to end.
+  const ended = new Promise<void>((resolve) => {
+    process.once('SIGTERM', resolve);
+    process.once('SIGINT', resolve);
+  });
   process.stdout.write(
     options.json
       ? JSON.stringify({ store: folder, ...listening }) + '\n'
@@ -103,10 +108,7 @@ async function serve(folder: string, options: Options): Promise<void> {
           '\n',
         ) + '\n',
   );
-  await new Promise<void>((resolve) => {
-    process.once('SIGTERM', resolve);
-    process.once('SIGINT', resolve);
-  });
+  await ended;
 }
 
 function isLoopback(host: string): boolean {
